@@ -1,0 +1,53 @@
+"""Packaging: the top-level folders install under the namespace `mede2` (`trainer/` as `mede2.trainer`, ...).
+
+A top-level package called `kernels` would shadow the Hugging Face package of that name, which transformers imports.
+"""
+
+from setuptools import setup
+
+setup(
+    name="mede2",
+    version="0.1.0",
+    description="Elicit and Enhance: two-stage post-training of medical vision-language models (arXiv 2505.23118)",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={
+        "mede2.trainer": "trainer",
+        "mede2.trainer.data": "trainer/data",
+        "mede2.trainer.demo": "trainer/demo",
+        "mede2.trainer.evaluation": "trainer/evaluation",
+        "mede2.kernels": "kernels",
+    },
+    packages=[
+        "mede2.trainer",
+        "mede2.trainer.data",
+        "mede2.trainer.demo",
+        "mede2.trainer.evaluation",
+        "mede2.kernels",
+    ],
+    package_data={"mede2.trainer.demo": ["*.yaml", "base/*"]},
+    install_requires=[
+        "torch==2.13.0",
+        "triton==3.7.1; platform_system == 'Linux'",
+        "deepspeed==0.19.8",
+        "transformers==5.23.0",
+        "datasets==5.2.0",
+        "bitsandbytes==0.50.2",
+        "safetensors>=0.6,<1",
+        "click>=8.1,<9",
+        "numpy>=2,<3",
+        "pillow>=11,<13",
+        "pyyaml>=6,<7",
+        "jinja2>=3.1,<4",
+        "rich>=14,<16",
+        "tensorboard>=2.20,<3",
+    ],
+    extras_require={
+        "cuda": ["flash-attn>=2.8,<3"],
+        "serve": ["openai>=2,<3"],
+        "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
+        "test": ["pytest>=8,<10", "pytest-timeout>=2.4,<3", "ruff>=0.14,<1"],
+    },
+)

@@ -1,0 +1,364 @@
+"""linear_logps against an fp64 reference: values, gradients, memory, work, determinism and its error messages.
+
+Legend: N token rows, H hidden size, V vocabulary; U = 2NVH operations.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mede2.kernels import logps_torch
+from mede2.kernels.logps import IGNORE_INDEX, IMPLEMENTATIONS, choose_implementation, linear_logps
+from mede2.kernels.logps_reference import reference_logps
+
+# How far our error against fp64 may exceed that of eager PyTorch in the same dtype. Errors are the largest difference
+# over the largest exact magnitude. A gradient may be off by one more unit of rounding in bf16, half a one in fp16, and
+# four in fp32.
+EXCESS_ERROR = {
+    torch.float64: {"logps": 1e-14, "hidden": 1e-14, "weight": 1e-14, "bias": 1e-14},
+    torch.float32: {"logps": 5e-7, "hidden": 5e-7, "weight": 5e-7, "bias": 5e-7},
+    torch.float16: {"logps": 2e-4, "hidden": 5e-4, "weight": 5e-4, "bias": 5e-4},
+    torch.bfloat16: {"logps": 1e-3, "hidden": 4e-3, "weight": 4e-3, "bias": 4e-3},
+}
+SHAPES = [(1, 1, 1), (7, 13, 101), (64, 32, 512), (252, 123, 507)]
+
+
+def make_inputs(shape, dtype=torch.float32, *, ignored=0.0, with_bias=True, seed=0):
+    """Leaf tensors of one case and the (N,) gradient that comes in; the part `ignored` of the rows is masked."""
+    num_rows, hidden_size, num_vocab = shape
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator).to(dtype).requires_grad_()
+    weight = (2 * torch.randn(num_vocab, hidden_size, generator=generator) / math.sqrt(hidden_size)).to(dtype)
+    bias = torch.randn(num_vocab, generator=generator).to(dtype).requires_grad_() if with_bias else None
+    targets = torch.randint(num_vocab, (num_rows,), generator=generator)
+    targets[torch.randperm(num_rows, generator=generator)[: round(ignored * num_rows)]] = IGNORE_INDEX
+    upstream = torch.randn(num_rows, generator=generator)
+    return hidden, weight.requires_grad_(), targets, bias, upstream
+
+
+def run(hidden, weight, targets, bias, upstream, function=linear_logps):
+    """Log-probabilities and every gradient, by name, computed from fresh leaves that keep the inputs' strides."""
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    leaves = {
+        name: leaf.detach().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items() if leaf is not None
+    }
+    logps = function(leaves["hidden"], leaves["weight"], targets, bias=leaves.get("bias"))
+    logps.backward(upstream.to(logps.dtype))
+    return {"logps": logps.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def run_fp64(hidden, weight, targets, bias, upstream):
+    doubles = [tensor if tensor is None else tensor.detach().double() for tensor in (hidden, weight, bias)]
+    for original, double in zip((hidden, weight, bias), doubles, strict=True):
+        if double is not None:
+            double.requires_grad_(original.requires_grad)
+    return run(doubles[0], doubles[1], targets, doubles[2], upstream, reference_logps)
+
+
+def error(value, exact):
+    if exact.numel() == 0:
+        return 0.0
+    return ((value.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
+
+
+def assert_as_exact_as_eager(inputs):
+    dtype = inputs[0].dtype
+    ours, eager, exact = run(*inputs), run(*inputs, reference_logps), run_fp64(*inputs)
+    for name, tolerance in EXCESS_ERROR[dtype].items():
+        if name in exact:
+            our_error, eager_error = error(ours[name], exact[name]), error(eager[name], exact[name])
+            assert our_error <= eager_error + tolerance, f"{name}: {our_error:.3g}, eager {eager_error:.3g}"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On tensors this small a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def chunks_of(monkeypatch):
+    return lambda size: monkeypatch.setattr(logps_torch, "chunk_size", lambda *_: size)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_hand_computed(implementation):
+    """H = 1, weight (0, log 3): the probabilities of the two words are 1/4 and 3/4 for hidden 1."""
+    hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [math.log(3)]])
+    logps = linear_logps(hidden, weight, torch.tensor([0, 1]), implementation=implementation)
+    torch.testing.assert_close(logps, torch.tensor([math.log(1 / 4), math.log(3 / 4)]))
+    with_bias = linear_logps(
+        hidden, weight, torch.tensor([0, 1]), bias=torch.tensor([math.log(3), 0.0]), implementation=implementation
+    )
+    torch.testing.assert_close(with_bias, torch.full((2,), math.log(1 / 2)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("ignored", [0.0, 0.6])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_as_exact_as_eager(shape, ignored, with_bias, dtype, chunks_of):
+    chunks_of(100)
+    assert_as_exact_as_eager(make_inputs(shape, dtype, ignored=ignored, with_bias=with_bias))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("product_dtype", [torch.float32, None], ids=["widened", "native"])
+def test_half_precision_both_ways(shape, dtype, product_dtype, chunks_of, monkeypatch):
+    """The products widened, as on a plain CPU, and in the inputs' own dtype, as on CUDA, whatever this CPU picks."""
+    monkeypatch.setattr(logps_torch, "product_dtype", lambda hidden: product_dtype or hidden.dtype)
+    chunks_of(100)
+    inputs = make_inputs(shape, dtype, ignored=0.3)
+    assert_as_exact_as_eager(inputs)
+    results = run(*inputs)
+    assert results.pop("logps").dtype == torch.float32
+    assert {gradient.dtype for gradient in results.values()} == {dtype}
+
+
+@pytest.mark.parametrize("size", [1, 37, 50, 100, 101, 102])
+def test_chunk_boundaries(size, chunks_of):
+    chunks_of(size)
+    inputs = make_inputs((7, 13, 101), torch.float64)
+    inputs[2][:5] = torch.tensor([0, size - 1, size, 99, 100]).clamp(max=100)
+    assert_as_exact_as_eager(inputs)
+
+
+def test_chunk_size_follows_the_budget():
+    assert logps_torch.chunk_size(1024, 512, 4, 4) == logps_torch.CHUNK_BYTES // (1024 * 4 + 2 * 512 * 4) == 4096
+    assert logps_torch.chunk_size(10**6, 512, 6, 4) == logps_torch.MIN_CHUNK
+    assert logps_torch.chunk_size(0, 0, 4, 4) == logps_torch.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("num_rows", [0, 5])
+def test_no_counted_rows_gives_zero_gradients(num_rows, implementation):
+    hidden, weight, targets, bias, upstream = make_inputs((num_rows, 13, 101), ignored=1.0)
+    logps = linear_logps(hidden, weight, targets, bias=bias, implementation=implementation)
+    logps.backward(upstream)
+    torch.testing.assert_close(logps, torch.zeros(num_rows), rtol=0, atol=0)
+    for leaf in (hidden, weight, bias):
+        torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_ignored_rows_are_never_read(implementation):
+    inputs = make_inputs((7, 13, 101), ignored=0.6)
+    counted = inputs[2] != IGNORE_INDEX
+    with torch.no_grad():
+        inputs[0][~counted] = math.nan
+    results = run(*inputs, lambda *args, **kwargs: linear_logps(*args, **kwargs, implementation=implementation))
+    assert not results["logps"][~counted].any()
+    assert not results["hidden"][~counted].any()
+    kept = run(inputs[0][counted], inputs[1], inputs[2][counted], inputs[3], inputs[4][counted])
+    torch.testing.assert_close(results["logps"][counted], kept["logps"])
+    torch.testing.assert_close(results["weight"], kept["weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("product_dtype", [torch.float32, None], ids=["widened", "native"])
+def test_extreme_logits(dtype, product_dtype, chunks_of, monkeypatch):
+    monkeypatch.setattr(logps_torch, "product_dtype", lambda hidden: product_dtype or hidden.dtype)
+    chunks_of(37)
+    hidden, weight, targets, bias, upstream = make_inputs((7, 13, 101), dtype)
+    with torch.no_grad():
+        hidden *= 1e4 / (hidden.float() @ weight.float().t()).abs().max()
+    targets[:3] = F.linear(hidden.double(), weight.double(), bias.double()).argmax(1)[:3]
+    inputs = hidden, weight, targets, bias, upstream
+    assert_as_exact_as_eager(inputs)
+    results = run(*inputs)
+    assert all(value.isfinite().all() for value in results.values())
+    assert results["logps"].max() <= 0
+    assert results["logps"].min() < -5e3
+
+
+def test_vocabulary_masked_by_infinite_bias(chunks_of):
+    """Padded vocabulary rows are often given -inf; here they fill the first chunk and part of the next."""
+    chunks_of(25)
+    hidden, weight, targets, _, upstream = make_inputs((7, 13, 101))
+    bias = torch.zeros(101)
+    bias[:30] = -math.inf
+    targets = targets.clamp(min=30)
+    ours = run(hidden, weight, targets, bias, upstream)
+    without = run(hidden, weight[30:], targets - 30, None, upstream)
+    torch.testing.assert_close(ours["logps"], without["logps"])
+    torch.testing.assert_close(ours["hidden"], without["hidden"])
+    torch.testing.assert_close(ours["weight"], F.pad(without["weight"], (0, 0, 30, 0)))
+
+
+def test_gradcheck(chunks_of):
+    chunks_of(7)
+    hidden, weight, targets, bias, _ = make_inputs((6, 4, 17), torch.float64, ignored=0.4)
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_logps(h, w, targets, bias=b), (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
+def test_partial_gradients(trained, chunks_of):
+    """A frozen argument gets None, and the others the same bits as when all are trained."""
+    chunks_of(37)
+    inputs = make_inputs((7, 13, 101), ignored=0.3)
+    expected = run(*inputs)
+    for name, leaf in {"hidden": inputs[0], "weight": inputs[1], "bias": inputs[3]}.items():
+        leaf.requires_grad_(name in trained)
+    results = run(*inputs)
+    for name in ("hidden", "weight", "bias"):
+        assert torch.equal(results[name], expected[name]) if name in trained else results[name] is None
+
+
+def test_repeated_targets(chunks_of):
+    chunks_of(37)
+    inputs = make_inputs((64, 32, 101))
+    inputs[2][:] = 40
+    assert_as_exact_as_eager(inputs)
+
+
+def test_non_contiguous_inputs(chunks_of):
+    chunks_of(37)
+    hidden, weight, targets, bias, upstream = make_inputs((14, 26, 101))
+    inputs = hidden[::2, ::2].detach(), weight[:, 1::2].detach(), targets[::2], bias.detach(), upstream[::2]
+    for tensor in (inputs[0], inputs[1], inputs[3]):
+        tensor.requires_grad_()
+        assert tensor is inputs[3] or not tensor.is_contiguous()
+    assert_as_exact_as_eager(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_twice(dtype, chunks_of):
+    chunks_of(100)
+    inputs = make_inputs((252, 123, 507), dtype, ignored=0.5)
+    first, second = run(*inputs), run(*inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_autocast_changes_nothing(chunks_of):
+    chunks_of(37)
+    inputs = make_inputs((7, 13, 101))
+    expected = run(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = run(*inputs)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the element count of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_of_rows_by_vocabulary(dtype, chunks_of):
+    """Nothing is larger than the weight or one chunk of logits; the eager way trips the same check."""
+    num_rows, hidden_size, num_vocab = shape = (96, 16, 2048)
+    chunks_of(128)
+    inputs = make_inputs(shape, dtype)
+    with LargestTensor() as ours:
+        run(*inputs)
+    assert ours.numel == max(num_vocab * hidden_size, num_rows * 128)
+    with LargestTensor() as eager:
+        run(*inputs, reference_logps)
+    assert eager.numel == num_rows * num_vocab
+
+
+@pytest.mark.parametrize(
+    ("trained", "backward_units"), [(("hidden", "weight"), 3), (("hidden",), 2), (("weight",), 2)], ids=str
+)
+@pytest.mark.parametrize("ignored", [0.0, 0.75])
+def test_work_in_units(trained, backward_units, ignored, chunks_of):
+    """Forward 1 U and backward at most 3 U over the counted rows alone; what is frozen is not computed."""
+    chunks_of(100)
+    hidden, weight, targets, _, upstream = make_inputs((64, 32, 512), ignored=ignored)
+    hidden.requires_grad_("hidden" in trained)
+    weight.requires_grad_("weight" in trained)
+    unit = 2 * round(64 * (1 - ignored)) * 32 * 512
+    with FlopCounterMode(display=False) as forward:
+        logps = linear_logps(hidden, weight, targets)
+    with FlopCounterMode(display=False) as backward:
+        logps.backward(upstream)
+    assert forward.get_total_flops() == unit
+    assert backward.get_total_flops() == backward_units * unit
+
+
+def test_parameter_may_be_freed_between_forward_and_backward():
+    """ZeRO-3 frees the gathered weight after the forward and gathers it anew, so nothing may hold the old storage."""
+    inputs = make_inputs((7, 13, 101))
+    expected = run(*inputs)
+    hidden, weight, targets, bias, upstream = inputs
+    weight, bias = torch.nn.Parameter(weight.detach().clone()), torch.nn.Parameter(bias.detach().clone())
+    logps = linear_logps(hidden, weight, targets, bias=bias)
+    for parameter in (weight, bias):
+        gathered, freed = parameter.detach().clone(), parameter.data
+        parameter.data = torch.empty(0)
+        freed.fill_(math.nan)
+        parameter.data = gathered
+    logps.backward(upstream)
+    assert torch.equal(weight.grad, expected["weight"])
+    assert torch.equal(hidden.grad, expected["hidden"])
+    assert torch.equal(bias.grad, expected["bias"])
+
+
+def test_weight_tied_with_embedding(chunks_of):
+    chunks_of(37)
+    _, weight, targets, _, upstream = make_inputs((7, 13, 101), torch.float64)
+    tokens = torch.tensor([0, 3, 3, 50, 100, 7, 0])
+
+    def gradient(function):
+        tied = weight.detach().clone().requires_grad_()
+        function(torch.tanh(F.embedding(tokens, tied)), tied, targets).backward(upstream.double())
+        return tied.grad
+
+    torch.testing.assert_close(gradient(linear_logps), gradient(reference_logps))
+
+
+def test_choice_of_implementation():
+    assert choose_implementation() == choose_implementation("auto") == "torch"
+    assert choose_implementation("reference") == "reference"
+
+
+INVALID = {
+    "hidden": [{"hidden": torch.zeros(2, 2, 3)}, {"hidden": torch.zeros(4, 3, dtype=torch.int64)}],
+    "weight": [
+        {"weight": torch.zeros(0)},
+        {"weight": torch.zeros(5, 2)},
+        {"weight": torch.zeros(5, 3, dtype=torch.bfloat16)},
+        {"weight": torch.zeros(5, 3, device="meta")},
+    ],
+    "targets": [
+        {"targets": torch.zeros(3, dtype=torch.int64)},
+        {"targets": torch.zeros(4, 1, dtype=torch.int64)},
+        {"targets": torch.zeros(4, dtype=torch.int32)},
+        {"targets": torch.zeros(4, dtype=torch.int64, device="meta")},
+    ],
+    "targets: row 2 is 5,": [{"targets": torch.tensor([0, IGNORE_INDEX, 5, -7])}],
+    "targets: row 1 is -1,": [{"targets": torch.tensor([0, -1, 5, 0])}],
+    "bias": [
+        {"bias": torch.zeros(4)},
+        {"bias": torch.zeros(5, 1)},
+        {"bias": torch.zeros(5, dtype=torch.bfloat16)},
+        {"bias": torch.zeros(5, device="meta")},
+    ],
+    "implementation": [{"implementation": "fast"}],
+}
+
+
+@pytest.mark.parametrize(("start", "change"), [(start, change) for start in INVALID for change in INVALID[start]])
+def test_errors_name_the_field(start, change):
+    valid = {"hidden": torch.zeros(4, 3), "weight": torch.zeros(5, 3), "targets": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=f"^{start}") as raised:
+        linear_logps(**(valid | change))
+    assert "got" in str(raised.value) or "row" in str(raised.value)

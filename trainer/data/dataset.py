@@ -1,0 +1,133 @@
+"""The data set of a run: every row read, checked and encoded before the first step, the work shared by the ranks."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mede2.trainer.data.collate import Collator, MicroBatch
+from mede2.trainer.data.encoding import Encoder, Example
+from mede2.trainer.data.records import BadRow, read_records
+from mede2.trainer.data.sampler import Sampler
+from mede2.trainer.world import World
+
+LISTED = 20  # bad rows shown in an error
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Encoded examples in the order of the files.
+
+    Attributes:
+        files: the jsonl files.
+        examples: the usable rows.
+        fingerprint: sha256 over the examples' digests: tokens, masks, image bytes.
+        bad_rows: rows that were skipped, {"source", "problem"}.
+    """
+
+    files: tuple[str, ...]
+    examples: list[Example]
+    fingerprint: str
+    bad_rows: list[dict[str, str]]
+
+    @property
+    def has_images(self) -> bool:
+        return any(example.images for example in self.examples)
+
+    def __str__(self) -> str:
+        lengths = sorted(len(sequence) for example in self.examples for sequence in example.sequences)
+        images = sum(len(example.images) for example in self.examples)
+        return (
+            f"{len(self.examples)} rows from {', '.join(self.files)}: {images} images, "
+            f"{sum(lengths)} tokens, median sequence {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
+        )
+
+
+def load_dataset(files: tuple[str, ...], stage: int, encoder: Encoder, on_bad_row: str, world: World) -> DataSet:
+    """Read, check and encode; each rank encodes every `world.size`-th row, and all get all.
+
+    Args:
+        files: jsonl files.
+        stage: what their rows are.
+        encoder: of the model.
+        on_bad_row: "stop" raises if any row is unusable, "skip" leaves such rows out and lists them in `bad_rows`.
+        world: the ranks.
+
+    Raises:
+        ValueError: the list of unusable rows with file, line and reason, or no usable row at all.
+    """
+    share: list[tuple[int, Example | BadRow]] = []
+    for number, record in enumerate(read_records(files, stage)):
+        if number % world.size == world.rank:
+            try:
+                if isinstance(record, BadRow):
+                    raise record
+                share.append((number, encoder(record)))
+            except BadRow as bad:
+                share.append((number, {"source": bad.source, "problem": bad.problem}))
+    rows = [row for _, row in sorted((pair for part in world.gather(share) for pair in part), key=lambda pair: pair[0])]
+    examples = [row for row in rows if isinstance(row, Example)]
+    bad_rows = [row for row in rows if isinstance(row, dict)]
+    if bad_rows and (on_bad_row == "stop" or not examples):
+        listed = "\n".join(f"  {bad['source']}: {bad['problem']}" for bad in bad_rows[:LISTED])
+        more = f"\n  ... and {len(bad_rows) - LISTED} more" if len(bad_rows) > LISTED else ""
+        raise ValueError(
+            f"{len(bad_rows)} of {len(rows)} rows cannot be used (--set on_bad_row=skip leaves them out):\n{listed}{more}"
+        )
+    if not examples:
+        raise ValueError(f"no rows in {', '.join(files)}")
+    digest = hashlib.sha256("".join(example.digest for example in examples).encode()).hexdigest()
+    return DataSet(tuple(files), examples, digest, bad_rows)
+
+
+def write_bad_rows(dataset: DataSet, output: Path) -> Path:
+    """List the skipped rows in `output`/bad_rows.jsonl."""
+    path = output / "bad_rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset.bad_rows), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts of a global batch, over all ranks and micro-batches: the denominators of its averages.
+
+    Attributes:
+        num_examples: rows that count (Stage II: pairs).
+        num_answer_tokens: learnt tokens of the first sequence of each row (Stage II: the chosen answers).
+        num_tokens: all tokens of all sequences, for throughput.
+    """
+
+    num_examples: int
+    num_answer_tokens: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What each update trains on: the data set in the sampler's order, as one rank's micro-batches."""
+
+    dataset: DataSet
+    sampler: Sampler
+    collator: Collator
+    world: World
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        for slots in self.sampler.micro_batches(step, self.world.rank):
+            yield self.collator(self.dataset.examples, slots)
+
+    def totals(self, step: int) -> Totals:
+        """Counted on every rank alike, from the whole global batch, so that no rank needs to ask another."""
+        return _count([self.dataset.examples[slot.index] for slot in self.sampler.global_batch(step) if slot.weight])
+
+    def whole(self) -> Totals:
+        """Counts of the whole data set."""
+        return _count(self.dataset.examples)
+
+
+def _count(examples: list[Example]) -> Totals:
+    return Totals(
+        num_examples=len(examples),
+        num_answer_tokens=sum(example.sequences[0].num_answer_tokens for example in examples),
+        num_tokens=sum(len(sequence) for example in examples for sequence in example.sequences),
+    )

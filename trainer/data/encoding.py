@@ -1,0 +1,157 @@
+"""From a record to tokens: the model's chat template and processor, and which tokens are learnt."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from mede2.trainer.data.images import Window, load_image
+from mede2.trainer.data.records import BadRow, Message, Record
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One conversation as tokens.
+
+    Attributes:
+        input_ids: (T,) int64, image tokens expanded.
+        answer_mask: (T,) bool, true where the token is learnt: assistant text and the turn's end token.
+        mm_token_type_ids: (T,) int64, 1 for image tokens, as the model's processor says.
+    """
+
+    input_ids: np.ndarray
+    answer_mask: np.ndarray
+    mm_token_type_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return int(self.answer_mask.sum())
+
+
+@dataclass(frozen=True)
+class Example:
+    """An encoded record: Stage I one sequence, Stage II the chosen and the rejected one.
+
+    Attributes:
+        source: file and line.
+        sequences: same order as the record's conversations.
+        images: (path, ...) in the order of their placeholders.
+        digest: sha256 over tokens, masks and image bytes: what the log-probabilities depend on.
+    """
+
+    source: str
+    sequences: tuple[Sequence, ...]
+    images: tuple[str, ...]
+    digest: str
+
+
+class Encoder:
+    """Encodes records with one model's processor.
+
+    Args:
+        processor: of the model (`processing.load_processor`).
+        max_length: longest sequence in tokens.
+        grey_window: see `images.load_image`.
+    """
+
+    def __init__(self, processor, max_length: int, grey_window: Window = None):
+        self.processor, self.max_length, self.grey_window = processor, max_length, grey_window
+        self.special_tokens = [token for token in processor.tokenizer.get_added_vocab() if _is_control(token)]
+        self.end = processor.tokenizer.eos_token
+
+    def __call__(self, record: Record) -> Example:
+        """Encode and check one record.
+
+        Raises:
+            BadRow: an image that does not decode, control tokens inside a text, a template that does not fit, or a
+                sequence longer than `max_length`.
+        """
+        for message in {id(m): m for conversation in record.conversations for m in conversation}.values():
+            self._check_text(record.source, message)
+        try:
+            images = [load_image(path, self.grey_window) for path in record.images]
+        except ValueError as error:
+            raise BadRow(record.source, str(error)) from error
+        encoded: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        sequences = []
+        for conversation in record.conversations:
+            segments = self._segments(record.source, conversation, record.num_prompt_messages)
+            sequences.append(self._encode(record.source, segments, images, encoded))
+        for sequence in sequences:
+            if len(sequence) > self.max_length:
+                raise BadRow(
+                    record.source,
+                    f"{len(sequence)} tokens ({int((sequence.mm_token_type_ids > 0).sum())} of images) exceed max_length "
+                    f"{self.max_length}; the answer would be cut. Raise --max-length or lower --max-pixels",
+                )
+        return Example(record.source, tuple(sequences), tuple(map(str, record.images)), self._digest(record, sequences))
+
+    def _check_text(self, source: str, message: Message) -> None:
+        for part in message["content"]:
+            if part["type"] == "text":
+                for token in self.special_tokens:
+                    if token in part["text"]:
+                        raise BadRow(source, f"a text of the {message['role']} holds the control token {token}")
+
+    def _segments(self, source: str, conversation: tuple[Message, ...], num_given: int) -> list[tuple[str, bool]]:
+        """The rendered conversation cut at the answers: (text, learnt), as the prompt and its continuation meet at
+        inference. What the template writes after the last answer is left off."""
+        segments: list[tuple[str, bool]] = []
+        done = ""
+        for position, message in enumerate(conversation):
+            if message["role"] == "assistant" and position >= num_given:
+                head = self._render(conversation[:position], add_generation_prompt=True)
+                full = self._render(conversation[: position + 1], add_generation_prompt=False)
+                if not (head.startswith(done) and full.startswith(head)):
+                    raise BadRow(source, "the model's chat template rewrites earlier turns, so answers cannot be told apart")
+                answer, end, _ = full[len(head) :].partition(self.end)
+                if not end:
+                    raise BadRow(source, f"the model's chat template ends the assistant's turn without {self.end}")
+                segments += [(head[len(done) :], False), (answer + end, True)]
+                done = head + answer + end
+        return segments
+
+    def _render(self, messages: tuple[Message, ...], add_generation_prompt: bool) -> str:
+        return self.processor.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _encode(self, source: str, segments, images: list, encoded: dict) -> Sequence:
+        """Tokenize segment by segment; `encoded` keeps those that both answers share."""
+        ids, mask, types, used = [], [], [], 0
+        for text, learnt in segments:
+            count = text.count(self.processor.image_token)
+            if text not in encoded:
+                output = self.processor(
+                    text=[text], images=images[used : used + count] or None, return_tensors="np", add_special_tokens=False
+                )
+                tokens = np.asarray(output["input_ids"][0], dtype=np.int64)
+                kinds = output.get("mm_token_type_ids")
+                encoded[text] = tokens, np.zeros_like(tokens) if kinds is None else np.asarray(kinds[0], dtype=np.int64)
+            used += count
+            tokens, kinds = encoded[text]
+            ids.append(tokens)
+            types.append(kinds)
+            mask.append(np.full(len(tokens), learnt))
+        if used != len(images):
+            raise BadRow(source, f"the model's chat template shows {used} of {len(images)} images")
+        return Sequence(np.concatenate(ids), np.concatenate(mask), np.concatenate(types))
+
+    def _digest(self, record: Record, sequences: list[Sequence]) -> str:
+        digest = hashlib.sha256()
+        for sequence in sequences:
+            digest.update(len(sequence).to_bytes(8, "little"))
+            digest.update(sequence.input_ids.tobytes() + sequence.answer_mask.tobytes())
+        for path in record.images:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(repr(self.grey_window).encode())
+        return digest.hexdigest()
+
+
+def _is_control(token: str) -> bool:
+    """Control tokens are those in angle brackets with bars or in capitals (`<|im_end|>`, `<IMG_CONTEXT>`), not
+    words such as `<think>` that answers are made of."""
+    return token.startswith("<|") or (token.startswith("<") and token.strip("</>").isupper())

@@ -1,0 +1,55 @@
+"""Images from files to 8-bit RGB, with nothing clipped, dropped or turned without being asked."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Window = tuple[float, float] | None
+
+
+def load_image(path: Path, grey_window: Window = None) -> Image.Image:
+    """Decode one image as 8-bit RGB, turned upright as its EXIF orientation says.
+
+    Args:
+        path: a file that Pillow reads.
+        grey_window: (low, high) intensities that become black and white in images of more than 8 bits.
+
+    Raises:
+        ValueError: says what is wrong with the image: missing, damaged, several frames, transparent, or of more than
+            8 bits without a window or with intensities outside of it.
+    """
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"image {path}: {image.n_frames} frames; save the one to be used")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise ValueError(f"image {path}: no such file") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path}: does not decode ({error})") from error
+    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
+        upright = _windowed(upright, path, grey_window)
+    if upright.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        if upright.getchannel("A").getextrema()[0] < 255:
+            raise ValueError(f"image {path}: transparent pixels; flatten it onto a background")
+    return upright.convert("RGB")
+
+
+def _windowed(image: Image.Image, path: Path, grey_window: Window) -> Image.Image:
+    """Scale intensities in the window linearly to 0..255."""
+    pixels = np.asarray(image).astype(np.float64)
+    low, high = float(pixels.min()), float(pixels.max())
+    if grey_window is None:
+        raise ValueError(
+            f"image {path}: grey of more than 8 bits (intensities {low:g}..{high:g}); state grey_window, for example "
+            f"--set grey_window=[{low:g},{high:g}]"
+        )
+    if low < grey_window[0] or high > grey_window[1]:
+        raise ValueError(
+            f"image {path}: intensities {low:g}..{high:g} outside grey_window {grey_window[0]:g}..{grey_window[1]:g} would be clipped"
+        )
+    scaled = (pixels - grey_window[0]) / (grey_window[1] - grey_window[0]) * 255
+    return Image.fromarray(np.rint(scaled).astype(np.uint8), mode="L")

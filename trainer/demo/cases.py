@@ -1,0 +1,199 @@
+"""A case of the embedded task: findings and a history, a table of rules that decides it, a chain, and ways to spoil it.
+
+The table is a toy with exact answers, written so that every error has a name. It is not medicine.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from mede2.trainer.demo.phantoms import KINDS, ZONES, Finding, draw, zone_order
+
+HISTORIES = ("fever", "smoking", "none")
+RULES = {  # pattern -> diagnosis for each of HISTORIES; the first pattern that applies counts (see `pattern`)
+    "clear": ("bronchitis", "emphysema", "normal"),
+    "upper cavity": ("tuberculosis", "carcinoma", "aspergilloma"),
+    "cavity": ("abscess", "carcinoma", "cyst"),
+    "mass": ("pneumonia", "carcinoma", "lymphoma"),
+    "nodules": ("emboli", "metastases", "sarcoidosis"),
+    "nodule": ("granuloma", "adenocarcinoma", "hamartoma"),
+}
+DIAGNOSES = tuple(sorted({diagnosis for row in RULES.values() for diagnosis in row}))
+CRITERIA = ("logical_consistency", "image_analysis", "no_hallucination", "reflection")
+SPLITS = ("pretraining", "stage1", "stage2", "heldout")
+NUM_FINDINGS = (0.15, 0.30, 0.30, 0.25)  # probabilities of 0, 1, 2 and 3 findings
+KIND_WEIGHTS = (0.50, 0.25, 0.25)  # of KINDS; a single cavity or mass decides a case, so nodules are drawn more often
+
+
+@dataclass(frozen=True)
+class Case:
+    """One patient. `findings` stand in reading order; `options` are the four diagnoses offered, in their order."""
+
+    seed: int
+    findings: tuple[Finding, ...]
+    history: str
+    options: tuple[str, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a chain says, read back from its text: nothing here has been compared with the truth."""
+
+    findings: tuple[Finding, ...]
+    count: int
+    history: str
+    pattern: str
+    diagnosis: str
+    checked: bool
+
+    def is_sound(self) -> bool:
+        """Whether the conclusion follows, by the table, from the findings and the history that the chain states."""
+        return (
+            self.checked
+            and self.count == len(self.findings)
+            and self.pattern == pattern(self.findings)
+            and self.history in HISTORIES
+            and self.diagnosis == diagnose(self.findings, self.history)
+        )
+
+
+def pattern(findings: Sequence[Finding]) -> str:
+    """The row of `RULES` for these findings: a cavity outweighs a mass, a mass outweighs nodules."""
+    kinds = [finding.kind for finding in findings]
+    if "cavity" in kinds:
+        upper = any(finding.kind == "cavity" and finding.level == "upper" for finding in findings)
+        return "upper cavity" if upper else "cavity"
+    if "mass" in kinds:
+        return "mass"
+    return ("clear", "nodule", "nodules")[min(len(kinds), 2)]
+
+
+def diagnose(findings: Sequence[Finding], history: str) -> str:
+    """The diagnosis that the table gives."""
+    return RULES[pattern(findings)][HISTORIES.index(history)]
+
+
+def case_seed(split: str, seed: int, index: int) -> int:
+    """The seed of one case. Its remainder by 4 is its split, so no two splits ever share a case or a picture."""
+    if not 0 <= index < 1_000_000:
+        raise ValueError(f"index {index}: a run has at most 1,000,000 cases of a split; use another seed")
+    return (seed * 1_000_000 + index) * len(SPLITS) + SPLITS.index(split)
+
+
+def make_case(seed: int) -> Case:
+    """Draw a case. Two wrong options share the true answer's history, so the history alone does not decide."""
+    rng = np.random.default_rng([seed, 0])
+    zones = rng.permutation(len(ZONES))[: rng.choice(len(NUM_FINDINGS), p=NUM_FINDINGS)]
+    findings = tuple(Finding(KINDS[rng.choice(len(KINDS), p=KIND_WEIGHTS)], *ZONES[zone]) for zone in sorted(zones))
+    history = HISTORIES[rng.integers(len(HISTORIES))]
+    answer = diagnose(findings, history)
+    same_history = sorted({row[HISTORIES.index(history)] for row in RULES.values()} - {answer})
+    wrong = [str(name) for name in rng.permutation(same_history)[:2]]
+    others = sorted(set(DIAGNOSES) - {answer, *wrong})
+    options = tuple(str(name) for name in rng.permutation([answer, *wrong, others[rng.integers(len(others))]]))
+    return Case(seed, findings, history, options, answer)
+
+
+def heldout_cases(num: int, seed: int = 0) -> list[Case]:
+    """Cases that no training set of the demo contains (see `case_seed`)."""
+    return [make_case(case_seed("heldout", seed, index)) for index in range(num)]
+
+
+def render(case: Case) -> Image.Image:
+    """The picture of a case, mode L, always the same."""
+    return draw(case.findings, case.seed)
+
+
+def look(findings: Sequence[Finding]) -> str:
+    """Findings as the chain lists them: `nodule left upper; cavity right lower`, or `nothing`."""
+    return "; ".join(map(str, findings)) or "nothing"
+
+
+def chain(case: Case) -> str:
+    """The reference answer: look, count, weigh the history, conclude by the rule, re-check; then the option's text."""
+    return _write(case.findings, case.history)
+
+
+def corrupt(case: Case, criterion: str) -> str:
+    """The reference answer, spoiled in one way along one MMRP criterion. Deterministic in the case.
+
+    - `logical_consistency`: the rule is misapplied, and the wrong conclusion is believed to the end.
+    - `image_analysis`: one finding is overlooked and all that follows is recomputed; a clear film is not looked at.
+    - `no_hallucination`: a finding is invented, moved or retyped and all that follows is recomputed.
+    - `reflection`: there is no re-check.
+    """
+    rng = np.random.default_rng([case.seed, 2, CRITERIA.index(criterion)])
+    if criterion == "reflection":
+        return _write(case.findings, case.history, check=False)
+    if criterion == "logical_consistency":
+        wrong = [option for option in case.options if option != case.answer]
+        return _write(case.findings, case.history, diagnosis=wrong[rng.integers(len(wrong))])
+    edits = _overlooked(case.findings) if criterion == "image_analysis" else _imagined(case.findings)
+    if not edits:
+        return _write(case.findings, case.history, looked=False)
+    offered = [edit for edit in edits if diagnose(edit, case.history) in set(case.options) - {case.answer}]
+    edits = offered or edits  # an error that changes the answer to another option teaches the most
+    return _write(edits[rng.integers(len(edits))], case.history)
+
+
+CHAIN = re.compile(
+    r"Look: (?P<look>[^.]*)\. Count: (?P<count>\d+)\. History: (?P<history>\w+)\. "
+    r"Rule: (?P<pattern>[a-z ]+) with (?P<rule_history>\w+) means (?P<diagnosis>\w+)\."
+    r"(?P<check> Check: (?P<check_count>\d+) found, history (?P<check_history>\w+), so (?P<check_diagnosis>\w+)\.)?"
+)
+FINDING = re.compile(r"(\w+) (\w+) (\w+)")
+
+
+def read_chain(think: str) -> Statement | None:
+    """Read the text between the think tags back; None if it is not a chain of this form."""
+    match = CHAIN.fullmatch(think.strip())
+    if match is None:
+        return None
+    findings = []
+    for words in () if match["look"] == "nothing" else match["look"].split("; "):
+        finding = FINDING.fullmatch(words)
+        if finding is None or finding[1] not in KINDS or (finding[2], finding[3]) not in ZONES:
+            return None
+        findings.append(Finding(*finding.groups()))
+    said = (match["count"], match["history"], match["diagnosis"])
+    rechecked = (match["check_count"], match["check_history"], match["check_diagnosis"])
+    checked = said == rechecked and match["rule_history"] == match["history"]
+    return Statement(tuple(findings), int(match["count"]), match["history"], match["pattern"], match["diagnosis"], checked)
+
+
+def _write(
+    findings: Sequence[Finding], history: str, diagnosis: str = "", looked: bool = True, check: bool = True
+) -> str:
+    """Write an answer. `diagnosis` overrides the table's; without `looked` or `check` that sentence is left out."""
+    diagnosis = diagnosis or diagnose(findings, history)
+    sentences = [
+        f"Look: {look(findings)}." if looked else "",
+        f"Count: {len(findings)}.",
+        f"History: {history}.",
+        f"Rule: {pattern(findings)} with {history} means {diagnosis}.",
+        f"Check: {len(findings)} found, history {history}, so {diagnosis}." if check else "",
+    ]
+    return f"<think>{' '.join(filter(None, sentences))}</think>\n<answer>{diagnosis}</answer>"
+
+
+def _overlooked(findings: Sequence[Finding]) -> list[tuple[Finding, ...]]:
+    """Every way to miss one finding."""
+    return [tuple(other for other in findings if other != finding) for finding in findings]
+
+
+def _imagined(findings: Sequence[Finding]) -> list[tuple[Finding, ...]]:
+    """Every way to see one finding too many (up to three), in a wrong zone, or of a wrong kind."""
+    taken = {(finding.side, finding.level) for finding in findings}
+    anywhere = [Finding(kind, *zone) for kind in KINDS for zone in ZONES if zone not in taken]
+    edits = [(*findings, extra) for extra in anywhere] if len(findings) < 3 else []
+    for finding in findings:
+        rest = [other for other in findings if other != finding]
+        moved = [other for other in anywhere if other.kind == finding.kind]
+        retyped = [Finding(kind, finding.side, finding.level) for kind in KINDS if kind != finding.kind]
+        edits += [(*rest, other) for other in moved + retyped]
+    return [tuple(sorted(edit, key=zone_order)) for edit in edits]

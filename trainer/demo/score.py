@@ -1,0 +1,151 @@
+"""Four numbers for a model on unseen cases: is the answer right, well-formed, grounded in the picture, and sound?
+
+Imports transformers.
+"""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForImageTextToText, ProcessorMixin, Qwen2_5_VLProcessor
+
+from mede2.trainer.demo.cases import Case, read_chain, render
+from mede2.trainer.demo.records import image_question
+from mede2.trainer.evaluation.answers import parse_answer
+
+MAX_NEW_TOKENS = 80  # the longest chain has about 60
+Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Rate:
+    """So many hits out of so many cases."""
+
+    hits: int
+    num: int
+
+    @property
+    def value(self) -> float:
+        return self.hits / self.num
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval (Wilson 1927), within 0..1."""
+        centre = (self.hits + Z95**2 / 2) / (self.num + Z95**2)
+        half = Z95 / (self.num + Z95**2) * math.sqrt(self.hits * (self.num - self.hits) / self.num + Z95**2 / 4)
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's rates on the same cases.
+
+    - accuracy: the answer is the right option;
+    - format: the generation is `<think>...</think> <answer>...</answer>` and nothing else;
+    - grounding: the findings that the chain names are exactly those in the picture;
+    - soundness: the conclusion and the answer follow by the table from what the chain states, be that true or not.
+    """
+
+    accuracy: Rate
+    format: Rate
+    grounding: Rate
+    soundness: Rate
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One generation, judged on the four counts of `Scores`."""
+
+    text: str
+    accuracy: bool = False
+    format: bool = False
+    grounding: bool = False
+    soundness: bool = False
+
+
+def score(folder: Path, cases: Sequence[Case], batch_size: int = 100) -> Scores:
+    """Generate an answer to every case with the model in `folder`, greedily, and judge it."""
+    return summarize(judge(case, text) for case, text in zip(cases, generate(folder, cases, batch_size), strict=True))
+
+
+def judge(case: Case, text: str) -> Verdict:
+    """Compare one generation with its case."""
+    parsed = parse_answer(text, case.options)
+    if not parsed.well_formed:
+        return Verdict(text)
+    chosen = None if parsed.option is None else case.options[parsed.option]
+    stated = read_chain(parsed.think)
+    return Verdict(
+        text,
+        accuracy=chosen == case.answer,
+        format=True,
+        grounding=stated is not None and stated.findings == case.findings,
+        soundness=stated is not None and stated.is_sound() and parsed.answer == stated.diagnosis,
+    )
+
+
+def summarize(verdicts: Iterator[Verdict]) -> Scores:
+    """Count the verdicts."""
+    every = list(verdicts)
+    names = ("accuracy", "format", "grounding", "soundness")
+    return Scores(**{name: Rate(sum(getattr(verdict, name) for verdict in every), len(every)) for name in names})
+
+
+@torch.inference_mode()
+def generate(folder: Path, cases: Sequence[Case], batch_size: int = 100) -> list[str]:
+    """Greedy generations, special tokens removed, in the order of `cases`."""
+    processor = _load_processor(folder)
+    processor.tokenizer.padding_side = "left"  # the answers of a batch start in the same column
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    texts: list[str] = []
+    for start in range(0, len(cases), batch_size):
+        inputs = processor.apply_chat_template(
+            [_conversation(case) for case in cases[start : start + batch_size]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, use_cache=True)
+        answers = output[:, inputs["input_ids"].shape[1] :]
+        texts += processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return texts
+
+
+def print_scores(scores: Mapping[str, Scores], console: Console | None = None) -> None:
+    """Print one row for each model: rates in per cent with their 95 % Wilson intervals."""
+    num = next(iter(scores.values())).accuracy.num
+    table = Table(title=f"{num} unseen cases, % [95 % interval]")
+    for heading in ("model", "accuracy", "format", "grounding", "soundness"):
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for name, row in scores.items():
+        table.add_row(name, *map(str, (row.accuracy, row.format, row.grounding, row.soundness)))
+    (console or Console()).print(table)
+
+
+def _conversation(case: Case) -> list[dict]:
+    """The case as one user turn, its picture in place."""
+    picture, text = image_question(case)
+    return [{"role": "user", "content": [picture | {"image": render(case)}, text]}]
+
+
+class _ImageOnlyProcessor(Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's processor without the video part, which cannot be loaded where torchvision is missing."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, video_processor=None, chat_template=chat_template, **kwargs)
+
+
+def _load_processor(folder: Path) -> ProcessorMixin:
+    return _ImageOnlyProcessor.from_pretrained(folder)

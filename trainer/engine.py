@@ -1,0 +1,220 @@
+"""The DeepSpeed engine around a policy: its configuration, the update, and its weights. Imports deepspeed."""
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu")
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import Tensor
+
+from mede2.trainer.losses import sum_by_sequence
+from mede2.trainer.policy import Policy
+from mede2.trainer.settings import BatchArithmetic, Settings
+from mede2.trainer.world import World
+
+OURS = {  # sections of a DeepSpeed file that would say again, or otherwise, what a setting says
+    "optimizer": "optimizer, learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon",
+    "scheduler": "scheduler, warmup_ratio, final_lr_ratio",
+    "fp16": "dtype (fp16 is not supported; use bf16)",
+    "activation_checkpointing": "activation_checkpointing",
+    "managed_gradient_accumulation": "global_batch_size and micro_batch_size",
+}
+
+
+class NonFiniteUpdate(RuntimeError):
+    """A loss or gradient that is not finite; nothing was updated."""
+
+
+def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file, with the sections that settings own refused.
+
+    Raises:
+        ValueError: names the file and the field.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--ds {path}: cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--ds {path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--ds {path}: a DeepSpeed file holds a JSON object, not {type(config).__name__}")
+    for section, setting in OURS.items():
+        if section in config:
+            raise ValueError(f"--ds {path}: {section}: remove it; the settings decide: {setting}")
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ValueError(f"--ds {path}: zero_optimization.stage: {stage!r} is not 1, 2 or 3")
+    return config
+
+
+def fill_deepspeed_config(
+    config: Mapping[str, Any], settings: Settings, batch: BatchArithmetic, dtype: torch.dtype, hidden_size: int
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: every "auto" filled from the settings, every explicit value checked.
+
+    Args:
+        config: as `read_deepspeed_file` returns it.
+        settings: of the run.
+        batch: the batch arithmetic.
+        dtype: of the weights.
+        hidden_size: of the language model, for the sizes of ZeRO's buffers.
+
+    Raises:
+        ValueError: a value that disagrees with the settings, or an "auto" that nothing fills; names the field.
+    """
+    bf16 = dtype == torch.bfloat16
+    must_agree = {
+        "train_batch_size": ("global_batch_size", batch.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("micro_batch_size", batch.micro_batch_size),
+        "gradient_accumulation_steps": ("global_batch_size, micro_batch_size and ranks", batch.grad_accum_steps),
+        "gradient_clipping": ("max_grad_norm", settings.max_grad_norm),
+        "bf16.enabled": ("dtype", bf16),
+    }
+    sizes = {
+        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    filled = copy.deepcopy(dict(config))
+    for field, (setting, value) in must_agree.items():
+        given = _get(filled, field)
+        if given not in ("auto", None) and given != value:
+            raise ValueError(f"--ds: {field} is {given}, but {setting} makes it {value}; write \"auto\" or make them agree")
+        _put(filled, field, value)
+    for field, value in sizes.items():
+        if _get(filled, field) == "auto":
+            _put(filled, field, value)
+    if left := [field for field in _paths(filled) if _get(filled, field) == "auto"]:
+        raise ValueError(f'--ds: {", ".join(left)}: no setting fills this "auto"; write a value')
+    offloads = settings.optimizer == "cpu_adam"
+    if offloads and _get(filled, "zero_optimization.offload_optimizer.device") != "cpu":
+        raise ValueError("optimizer: cpu_adam needs zero_optimization.offload_optimizer.device cpu in the --ds file")
+    filled |= {
+        "managed_gradient_accumulation": False,  # the loop's engine.update() is the accumulation boundary
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": offloads,
+        "steps_per_print": 10**12,
+    }
+    return filled
+
+
+def _get(config: Mapping, field: str):
+    for key in field.split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def _put(config: dict, field: str, value) -> None:
+    *parents, last = field.split(".")
+    for key in parents:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+def _paths(config: Mapping, prefix: str = ""):
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def make_optimizer(policy: Policy, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
+    """Adam over the trained parameters; weights of two and more dimensions decay, norms and biases do not."""
+    decayed, kept = [], []
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            (decayed if dimensions > 1 else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    common = dict(
+        lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon
+    )
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **common)
+    if settings.optimizer == "cpu_adam":
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **common)
+
+
+class Engine:
+    """A policy sharded over the ranks. With an optimizer it trains; without one it only answers.
+
+    Args:
+        policy: loaded under the same DeepSpeed configuration.
+        config: from `fill_deepspeed_config`.
+        world: the ranks.
+        dtype: of the weights.
+        optimizer: from `make_optimizer`, or None.
+    """
+
+    def __init__(self, policy: Policy, config: dict, world: World, dtype: torch.dtype, optimizer=None):
+        if optimizer is None:
+            config = {k: v for k, v in config.items() if k not in ("zero_force_ds_cpu_optimizer", "managed_gradient_accumulation")}
+            if config["zero_optimization"]["stage"] != 3:
+                config = config | {"zero_optimization": {"stage": 0}}
+        self.world, self.dtype = world, dtype
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
+        self.policy = policy
+
+    def __call__(self, micro_batch) -> Tensor:
+        """Log-probabilities (N,) fp32 of a micro-batch's answer tokens."""
+        return self.deepspeed(micro_batch.inputs, micro_batch.rows, micro_batch.targets)
+
+    @torch.no_grad()
+    def answer_logps(self, micro_batch) -> Tensor:
+        """Log-probability (S,) fp64 of each sequence's answer, without gradients."""
+        logps = self(micro_batch)
+        return sum_by_sequence(logps, micro_batch.sequence, len(micro_batch.weights))
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of this rank's share of a loss that is a sum over all ranks and micro-batches.
+
+        ZeRO averages over ranks, so the share is multiplied by their number.
+        """
+        self.deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def update(self) -> float:
+        """Apply the accumulated gradients; returns their global norm before clipping.
+
+        Raises:
+            NonFiniteUpdate: on every rank, if on any rank the engine left the weights as they were, as ZeRO-3 does
+                without a word when the norm is not finite.
+        """
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        norm = float("nan") if norm is None else float(norm)
+        applied = self.deepspeed.was_step_applied() and norm == norm and abs(norm) != float("inf")
+        if self.world.sum({"skipped": float(not applied)})["skipped"]:
+            raise NonFiniteUpdate("the gradient norm is not finite")
+        return norm
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """The whole model on rank 0's host under transformers' names, None elsewhere. All ranks call it."""
+        if self.deepspeed.zero_optimization_stage() == 3:
+            state = self.deepspeed._zero3_consolidated_16bit_state_dict()
+        else:
+            state = self.policy.state_dict()
+        if not self.world.is_main:
+            return None
+        return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        self.deepspeed.destroy()
+        self.deepspeed = self.policy = self.optimizer = None

@@ -1,0 +1,57 @@
+"""Reading an answer out of generated text: the format check, the two parts, and the option that is meant, or None."""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+STRICT = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+TAG = re.compile(r"</?(?:think|answer)>")
+LETTERED = re.compile(r"\(?(?P<letter>[A-Za-z])\)?(?:[.:)]\s*(?P<text>.*))?", re.DOTALL)  # A  (A)  A.  A. text  (A): text
+
+
+@dataclass(frozen=True)
+class ParsedAnswer:
+    """What a generation says. `think` and `answer` are None unless `well_formed`; `option` is None unless one is meant."""
+
+    well_formed: bool
+    think: str | None = None
+    answer: str | None = None
+    option: int | None = None
+
+
+def parse_answer(text: str, options: Sequence[str] = ()) -> ParsedAnswer:
+    """Read `<think>...</think> <answer>...</answer>`, with nothing before, between or after, each tag once.
+
+    Args:
+        text: the generation, special tokens removed.
+        options: the texts of the options in the order in which they were offered; empty for an open question.
+    """
+    match = STRICT.fullmatch(text)
+    if match is None or TAG.search(match["think"]) or TAG.search(match["answer"]):
+        return ParsedAnswer(well_formed=False)
+    think, answer = match["think"].strip(), match["answer"].strip()
+    return ParsedAnswer(True, think, answer, match_option(answer, options))
+
+
+def match_option(answer: str, options: Sequence[str]) -> int | None:
+    """The index of the option that `answer` names by its text or by its letter; None if none or more than one is meant.
+
+    Upper and lower case, runs of spaces and a final full stop do not count. A letter with a text beside it counts only
+    if the two name the same option.
+    """
+    texts = [_plain(option) for option in options]
+    if texts.count(_plain(answer)) == 1:
+        return texts.index(_plain(answer))
+    match = LETTERED.fullmatch(answer.strip())
+    if match is None:
+        return None
+    index = ord(match["letter"].upper()) - ord("A")
+    if index >= len(options) or (match["text"] and _plain(match["text"]) != texts[index]):
+        return None
+    return index
+
+
+def _plain(text: str) -> str:
+    """Lower case, single spaces, no final full stop."""
+    return " ".join(text.lower().split()).removesuffix(".").rstrip()

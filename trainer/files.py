@@ -1,0 +1,37 @@
+"""Files written whole or not at all, and their hashes."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mede2.trainer.world import World
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename."""
+    beside = path.with_name(f".{path.name}.partial")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_weights(folder: Path, world: World) -> str:
+    """sha256 over a model folder's config and safetensors files, which the ranks share out among them."""
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    share = {path.name: hash_file(path) for path in files[world.rank :: world.size]}
+    hashes = {name: value for part in world.gather(share) for name, value in part.items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,82 @@
+"""The algorithm of both stages, on one screen."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from mede2.trainer.data.dataset import Batches
+from mede2.trainer.engine import Engine, NonFiniteUpdate
+from mede2.trainer.objectives import Objective, Stats
+from mede2.trainer.settings import Settings, learning_rate_at
+
+Hook = Callable[[int, dict[str, float]], None]
+
+
+def train(
+    engine: Engine,
+    objective: Objective,
+    batches: Batches,
+    settings: Settings,
+    *,
+    first_step: int,
+    num_steps: int,
+    before_update: Hook,
+    after_update: Hook,
+) -> None:
+    """Run updates `first_step` .. `num_steps` - 1.
+
+    Every average is over the global batch, so the same global batch makes the same update whatever the number of
+    ranks or accumulation steps. Ranks branch on reduced values only.
+
+    Args:
+        engine: the policy, sharded over the ranks.
+        objective: from a micro-batch's log-probabilities to the loss.
+        batches: what each update trains on; a pure function of the step.
+        settings: of the run.
+        first_step: 0, or the updates that a checkpoint holds.
+        num_steps: updates of the whole run.
+        before_update: called with the step and its metrics while the weights are still the old ones.
+        after_update: the same after it; logs, evaluates, saves.
+
+    Raises:
+        NonFiniteUpdate: on every rank, before anything is updated; names the rows.
+    """
+    for step in range(first_step, num_steps):
+        engine.set_learning_rate(learning_rate_at(settings, step, num_steps))
+        totals = batches.totals(step)  # pairs and answer tokens, over ranks and accumulation
+        stats: Stats = {}
+        suspects: list[str] = []
+        for micro_batch in batches.micro_batches(step):
+            micro_batch = micro_batch.to(engine.world.device, engine.dtype)
+            token_logps = engine(micro_batch)  # (N,) fp32, answer tokens only, no logits
+            loss, shares = objective(token_logps, micro_batch, totals)
+            engine.backward(loss)
+            stats = {name: stats.get(name, 0.0) + share for name, share in shares.items()}
+            if not torch.isfinite(loss):
+                suspects += micro_batch.sources
+
+        metrics = engine.world.sum(stats)  # shares of means: their sum over ranks is the mean
+        if not math.isfinite(metrics["loss"]):
+            rows = sorted({row for part in engine.world.gather(suspects) for row in part})
+            raise NonFiniteUpdate(f"step {step + 1}: the loss is {metrics['loss']}; rows: {', '.join(rows)}")
+        before_update(step, metrics)
+        metrics["grad_norm"] = engine.update()  # raises on every rank if the engine skipped it
+        metrics["learning_rate"] = learning_rate_at(settings, step, num_steps)
+        metrics["num_tokens"] = totals.num_tokens
+        after_update(step, metrics)
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, objective: Objective, batches: Batches) -> dict[str, float]:
+    """The objective's metrics over a whole held-out set, averaged over all its rows or answer tokens."""
+    engine.deepspeed.eval()
+    totals = batches.whole()
+    stats: Stats = {}
+    for step in range(batches.sampler.steps_per_epoch):
+        for micro_batch in batches.micro_batches(step):
+            micro_batch = micro_batch.to(engine.world.device, engine.dtype)
+            _, shares = objective(engine(micro_batch), micro_batch, totals)
+            stats = {name: stats.get(name, 0.0) + share for name, share in shares.items()}
+    engine.deepspeed.train()
+    return {f"eval/{name}": mean for name, mean in engine.world.sum(stats).items()}

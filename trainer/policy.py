@@ -1,0 +1,144 @@
+"""The policy: a vision-language model whose head returns log-probabilities. Imports transformers and deepspeed."""
+
+import types
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from mede2.kernels.logps import linear_logps
+
+PARTS = ("language_model", "vision_tower", "merger")
+VISION_NAMES = ("visual", "vision_tower")  # Qwen; InternVL and most others
+MERGER_NAMES = ("merger", "deepstack_merger_list", "multi_modal_projector")
+
+
+class _ZeroStage3:
+    """Tells transformers to build the model already partitioned; it keeps only a weak reference to this."""
+
+    def __init__(self, config: dict):
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True
+
+    def get_value(self, name: str, default=None):
+        return self.config.get(name, default)
+
+
+class Policy(nn.Module):
+    """A vision-language model that maps a micro-batch to the log-probabilities of its answer tokens.
+
+    The log-probabilities come out of `lm_head.forward` itself, so that ZeRO-3's hooks gather the head's weight for the
+    fused operation and free it after.
+    """
+
+    def __init__(self, model: nn.Module, implementation: str):
+        super().__init__()
+        self.model = model
+        head = model.get_output_embeddings()
+
+        def head_forward(head: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+            if targets is None:
+                return nn.functional.linear(hidden, head.weight, head.bias)
+            return linear_logps(hidden, head.weight, targets, bias=head.bias, implementation=implementation)
+
+        head.forward = types.MethodType(head_forward, head)
+
+    def forward(self, inputs: Mapping[str, Tensor], rows: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of answer tokens.
+
+        Args:
+            inputs: of the model: input_ids (S, T) and the rest.
+            rows: (N,) int64, positions in the flattened (S * T) hidden states.
+            targets: (N,) int64, the tokens that those positions predict.
+
+        Returns:
+            (N,) fp32.
+        """
+        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state  # (S, T, H)
+        return self.model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows), targets)
+
+
+def load_policy(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    implementation: str,
+    deepspeed_config: dict | None = None,
+    activation_checkpointing: bool = False,
+) -> Policy:
+    """Load a model folder.
+
+    Args:
+        folder: config and safetensors weights.
+        dtype: of the weights.
+        attention: transformers' name of the attention implementation.
+        implementation: of the log-probabilities, as in `mede2.kernels.logps`.
+        deepspeed_config: the whole DeepSpeed configuration. With ZeRO stage 3 the model is built partitioned over the
+            ranks, parameter by parameter: no device holds it whole, and only rank 0 reads the weights.
+        activation_checkpointing: recompute activations in backward.
+
+    Raises:
+        ValueError: the folder does not load as an image-text model, or lacks weights.
+    """
+    stage3 = _ZeroStage3(deepspeed_config) if deepspeed_config and _zero_stage(deepspeed_config) == 3 else None
+    if stage3:
+        set_hf_deepspeed_config(stage3)
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"model: {folder} does not load: {error}") from error
+    finally:
+        unset_hf_deepspeed_config()
+    if missing := sorted(_untied(model, info["missing_keys"])):
+        raise ValueError(f"model: {folder} lacks weights: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
+    if activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(model, implementation)
+
+
+def _zero_stage(deepspeed_config: dict) -> int:
+    return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+
+
+def _untied(model, missing_keys) -> set[str]:
+    """Missing keys that no other weight stands in for."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return set(missing_keys) - tied
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a parameter belongs to, by its name: language_model, vision_tower or merger."""
+    pieces = name.split(".")
+    if any(piece in MERGER_NAMES for piece in pieces):
+        return "merger"
+    return "vision_tower" if any(piece in VISION_NAMES for piece in pieces) else "language_model"
+
+
+def freeze(policy: Policy, trained: Mapping[str, bool]) -> dict[str, int]:
+    """Let only the named parts train; returns the number of trained parameters of each part.
+
+    Args:
+        policy: the model.
+        trained: for each of PARTS whether it trains.
+    """
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in policy.named_parameters():
+        part = part_of(name)
+        parameter.requires_grad_(trained[part])
+        counts[part] += trained[part] * getattr(parameter, "ds_numel", parameter.numel())
+    return counts
+
+
+def quiet_transformers() -> None:
+    """Progress bars and notes of transformers do not belong in a log of many ranks."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

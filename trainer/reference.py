@@ -1,0 +1,99 @@
+"""Reference log-probabilities: computed once by the policy's own forward, cached under a hash of all they depend on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mede2.trainer.data.dataset import Batches
+from mede2.trainer.engine import Engine
+from mede2.trainer.world import World
+
+TENSOR = "answer_logps"
+
+
+def key_of(components: dict[str, str]) -> str:
+    """The cache key: sha256 of the named hashes and settings that the log-probabilities depend on."""
+    return hashlib.sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()
+
+
+def differing(components: dict[str, str], others: dict[str, str]) -> list[str]:
+    """Names of the components that two keys disagree on."""
+    return sorted(name for name in components.keys() | others.keys() if components.get(name) != others.get(name))
+
+
+def cache_path(folder: Path, components: dict[str, str]) -> Path:
+    return folder / f"{key_of(components)[:32]}.safetensors"
+
+
+def read_cache(folder: Path, components: dict[str, str], num_examples: int) -> Tensor | None:
+    """The cached (num_examples, S) fp64 log-probabilities, or None where there are none.
+
+    Raises:
+        ValueError: a file of that name that is damaged or was made from something else; says what differs.
+    """
+    path = cache_path(folder, components)
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            made_from = json.loads((file.metadata() or {}).get("components", "{}"))
+            values = file.get_tensor(TENSOR)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"reference cache {path}: damaged ({error}); delete it to compute it again") from error
+    if names := differing(components, made_from):
+        raise ValueError(f"reference cache {path}: made from another {', '.join(names)}; delete it to compute it again")
+    if len(values) != num_examples or not torch.isfinite(values).all():
+        raise ValueError(f"reference cache {path}: {len(values)} rows for {num_examples}, or some not finite; delete it")
+    return values
+
+
+def compute(engine: Engine, batches: Batches, folder: Path, components: dict[str, str], progress: Callable) -> Tensor:
+    """Run the reference over a data set, each rank over its share, and cache the result.
+
+    The rows go in the order and the micro-batches of the first epoch, so that the first updates of training meet the
+    very same tensors and their margins are zero.
+
+    Args:
+        engine: the reference model.
+        batches: the data set.
+        folder: of the cache.
+        components: what the key is made of.
+        progress: called with (steps done, steps).
+
+    Returns:
+        (num_examples, S) fp64 on the CPU, the same on all ranks.
+    """
+    share: dict[int, list[float]] = {}
+    engine.deepspeed.eval()
+    for step in range(batches.sampler.steps_per_epoch):
+        for micro_batch in batches.micro_batches(step):
+            micro_batch = micro_batch.to(engine.world.device, engine.dtype)
+            answers = engine.answer_logps(micro_batch)  # (S * B,), the first sequence of each row first
+            per_row = answers.view(-1, len(micro_batch.indices)).T
+            share |= zip(micro_batch.indices, per_row.tolist(), strict=True)
+        progress(step + 1, batches.sampler.steps_per_epoch)
+    engine.deepspeed.train()
+    rows = {index: values for part in engine.world.gather(share) for index, values in part.items()}
+    values = torch.tensor([rows[index] for index in range(len(batches.dataset.examples))], dtype=torch.float64)
+    if not torch.isfinite(values).all():
+        bad = [batches.dataset.examples[i].source for i in (~torch.isfinite(values).all(1)).nonzero()[:, 0].tolist()]
+        raise ValueError(f"the reference log-probabilities of {', '.join(bad[:5])} are not finite")
+    _write_cache(values, folder, components, engine.world)
+    return values
+
+
+def _write_cache(values: Tensor, folder: Path, components: dict[str, str], world: World) -> None:
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = cache_path(folder, components)
+        beside = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({TENSOR: values}, beside, metadata={"components": json.dumps(components)})
+        os.replace(beside, path)
+    world.barrier()

@@ -1,0 +1,274 @@
+"""Typed settings of both stages: flags over recipe over embedded default over defaults, each with where it came from."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ELICIT, ENHANCE = 1, 2
+STAGE_NAMES = {ELICIT: "Stage I (elicit)", ENHANCE: "Stage II (enhance)"}
+
+
+def _setting(default, help, *, at_least=None, above=None, below=None, at_most=None, choices=None, stage=None, harmless=False):
+    """One setting: its default, its help, the values it may take, the only stage it has a meaning in, and whether
+    it may differ between a run and its resumption (`harmless`: it changes no update beyond rounding)."""
+    metadata = dict(
+        help=help, at_least=at_least, above=above, below=below, at_most=at_most, choices=choices, stage=stage, harmless=harmless
+    )
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: tuple(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run. Units are in the names or in the help; `None` means "not set"."""
+
+    model: str | None = _setting(None, "Model folder or hub name; unset: the small model that ships with MedE2 "
+                                       "(Stage II: what Stage I wrote beside --output).")
+    train: tuple[str, ...] = _setting((), "Training records, jsonl; unset: the embedded case set.")
+    eval: str | None = _setting(None, "Held-out records, jsonl, in the form of the training records.")
+    output: str | None = _setting(None, "Folder that the run writes; unset: runs/stage1 or runs/stage2.", harmless=True)
+    epochs: float = _setting(1.0, "Passes over the training records.", above=0)
+    max_steps: int | None = _setting(None, "Stop after so many updates, whatever --epochs says.", at_least=1)
+    learning_rate: float = _setting(1e-5, "Peak learning rate.", above=0)
+    beta: float = _setting(0.1, "DPO's inverse temperature.", above=0, stage=ENHANCE)
+    global_batch_size: int = _setting(16, "Examples (Stage II: pairs) per update, over all ranks.", at_least=1)
+    micro_batch_size: int = _setting(1, "Examples (Stage II: pairs) per forward on one rank.", at_least=1, harmless=True)
+    max_pixels: int | None = _setting(None, "Largest image, pixels; unset: what the model's processor says.", at_least=1)
+    max_length: int = _setting(4096, "Longest sequence, tokens, image tokens counted; longer rows are refused.", at_least=8)
+    seed: int = _setting(0, "Seed of the data order and of every random number generator.", at_least=0)
+    save_every: int = _setting(0, "Checkpoint every so many updates (0: only at the end).", at_least=0, harmless=True)
+    eval_every: int = _setting(0, "Evaluate every so many updates (0: only at the end).", at_least=0, harmless=True)
+    resume: str = _setting("auto", "auto: continue the newest complete checkpoint; never: start over (an older run is "
+                                   "moved aside); PATH: continue that checkpoint.", harmless=True)
+    dry_run: bool = _setting(False, "Check settings and data, print what would run, train nothing.", harmless=True)
+
+    nll_weight: float = _setting(1.0, "Weight of the NLL on the chosen answers (reasoning-path supervision); 0: pure DPO.",
+                                 at_least=0, stage=ENHANCE)
+    label_smoothing: float = _setting(0.0, "Probability that a preference label is flipped (conservative DPO).",
+                                      at_least=0, below=0.5, stage=ENHANCE)
+    reference: str | None = _setting(None, "Reference model, folder or hub name; unset: the starting policy.", stage=ENHANCE)
+    reference_cache: str | None = _setting(None, "Folder of cached reference log-probabilities; unset: "
+                                                 "reference_cache beside the output.", stage=ENHANCE, harmless=True)
+    optimizer: str = _setting("adamw", "adamw: torch; adamw_8bit: bitsandbytes; cpu_adam: DeepSpeed's, for offload.",
+                              choices=("adamw", "adamw_8bit", "cpu_adam"))
+    adam_beta1: float = _setting(0.9, "Adam's first decay rate.", at_least=0, below=1)
+    adam_beta2: float = _setting(0.95, "Adam's second decay rate.", at_least=0, below=1)
+    adam_epsilon: float = _setting(1e-8, "Adam's epsilon.", above=0)
+    weight_decay: float = _setting(0.0, "Decoupled weight decay; norms and biases are exempt.", at_least=0)
+    max_grad_norm: float = _setting(1.0, "Gradient norm above which gradients are scaled down (0: never).", at_least=0)
+    scheduler: str = _setting("cosine", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = _setting(0.05, "Share of the updates in which the learning rate rises.", at_least=0, at_most=1)
+    final_lr_ratio: float = _setting(0.1, "Learning rate of the last update, as a share of the peak.", at_least=0, at_most=1)
+    dtype: str = _setting("auto", "Weights and activations; auto: bf16 on a GPU that has it, else fp32.",
+                          choices=("auto", "fp32", "bf16"))
+    attention: str = _setting("sdpa", "Attention implementation of transformers.",
+                              choices=("sdpa", "eager", "flash_attention_2"))
+    logps: str = _setting("auto", "Implementation of the log-probability operation.", choices=("auto", "torch", "reference"))
+    activation_checkpointing: bool = _setting(False, "Recompute activations in backward instead of keeping them.", harmless=True)
+    train_language_model: bool = _setting(True, "Train the language model and its head.")
+    train_vision_tower: bool = _setting(False, "Train the vision tower.")
+    train_merger: bool = _setting(False, "Train the merger between vision tower and language model.")
+    grey_window: tuple[float, float] | None = _setting(None, "Low and high intensity of 16-bit grey images, shown as black and "
+                                                             "white; unset: such images are refused.")
+    on_bad_row: str = _setting("stop", "stop: list unusable rows and stop; skip: leave them out and write the list.",
+                               choices=("stop", "skip"))
+
+    def __post_init__(self):
+        for item in fields(self):
+            _check_value(item, getattr(self, item.name))
+        if self.grey_window is not None and self.grey_window[0] >= self.grey_window[1]:
+            raise ValueError(f"grey_window: the low end {self.grey_window[0]} must be below the high end {self.grey_window[1]}")
+        if not (self.train_language_model or self.train_vision_tower or self.train_merger):
+            raise ValueError("train_language_model, train_vision_tower and train_merger are all false: nothing would train")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+
+
+FIELDS = {item.name: item for item in fields(Settings)}
+_TYPES = typing.get_type_hints(Settings)
+
+
+def _check_value(item, value) -> None:
+    """Raise a ValueError that names the field, the value and the values that would do."""
+    rules = item.metadata
+    if value is None:
+        return
+    if rules["choices"] and value not in rules["choices"]:
+        raise ValueError(f"{item.name}: {value!r} is not one of {', '.join(rules['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{item.name}: {value} is not a finite number")
+    for rule, holds, words in (
+        ("at_least", lambda v, limit: v >= limit, "at least"),
+        ("above", lambda v, limit: v > limit, "above"),
+        ("below", lambda v, limit: v < limit, "below"),
+        ("at_most", lambda v, limit: v <= limit, "at most"),
+    ):
+        if rules[rule] is not None and not holds(value, rules[rule]):
+            raise ValueError(f"{item.name}: {value} must be {words} {rules[rule]}")
+
+
+def _convert(name: str, value: Any, source: str) -> Any:
+    """`value` in the type of the field `name`, or a ValueError; no lossy conversion (1.5 is no int, "yes" no float)."""
+    wanted = _TYPES[name]
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        inner = typing.get_args(kind)
+        values = [value] if isinstance(value, str) else value
+        fits = isinstance(values, (list, tuple)) and (inner[-1] is Ellipsis or len(values) == len(inner))
+        if fits and inner[0] is str and all(isinstance(v, str) for v in values):
+            return tuple(values)
+        if fits and inner[0] is float and all(_is_number(v) for v in values):
+            return tuple(float(v) for v in values)
+    elif (kind is float and _is_number(value)) or (kind is int and _is_number(value) and float(value).is_integer()):
+        return kind(value)
+    elif kind in (bool, str) and isinstance(value, kind):
+        return value
+    raise ValueError(f"{name}: {value!r} (from {source}) is not {_describe(kind)}")
+
+
+def _is_number(value: Any) -> bool:
+    """YAML 1.1 reads `1e-5` as text; such text counts as the number that it plainly is."""
+    if isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _describe(kind) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if kind in names:
+        return names[kind]
+    inner = typing.get_args(kind)
+    return f"a list of {'texts' if inner[0] is str else 'numbers'}" + ("" if inner[-1] is Ellipsis else f" of length {len(inner)}")
+
+
+def _check_known(name: str, stage: int, source: str) -> None:
+    if name not in FIELDS:
+        close = difflib.get_close_matches(name, FIELDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(FIELDS)}"
+        raise ValueError(f"{name}: unknown setting (from {source}){hint}")
+    only = FIELDS[name].metadata["stage"]
+    if only not in (None, stage):
+        raise ValueError(f"{name}: has a meaning only in {STAGE_NAMES[only]} (from {source})")
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A recipe: a YAML mapping from setting to value."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"recipe: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe: {path} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe: {path} must hold `setting: value` lines, not {type(recipe).__name__}")
+    return recipe
+
+
+def parse_assignments(assignments: typing.Iterable[str]) -> dict[str, Any]:
+    """`("weight_decay=0.1", ...)` as a mapping; the values are read as YAML."""
+    values = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set {assignment}: write key=value")
+        if name in values:
+            raise ValueError(f"{name}: set twice by --set")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {assignment}: the value is not YAML") from error
+    return values
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings of a stage and, per field, where the value came from ("flag", "recipe FILE", "default", ...)."""
+
+    stage: int
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def described(self) -> list[tuple[str, Any, str]]:
+        """Rows of (field, value, origin), leaving out fields that have no meaning in this stage."""
+        return [
+            (name, value, self.origins[name])
+            for name, value in self.settings.as_dict().items()
+            if FIELDS[name].metadata["stage"] in (None, self.stage)
+        ]
+
+    def replaced(self, origin: str, **values) -> "Resolved":
+        """The same with some values computed later (`model: demo` resolved to a folder), and their origin."""
+        return Resolved(self.stage, dataclasses.replace(self.settings, **values), {**self.origins, **dict.fromkeys(values, origin)})
+
+
+def resolve(stage: int, layers: typing.Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
+    """Merge layers of (origin, {setting: value}), the first one weakest, over the defaults.
+
+    Raises ValueError for an unknown setting, one without a meaning in this stage, or an impossible value.
+    """
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(FIELDS, "default")
+    for origin, layer in layers:
+        for name, value in layer.items():
+            _check_known(str(name), stage, origin)
+            values[name] = _convert(name, value, origin)
+            origins[name] = origin
+    return Resolved(stage, Settings(**values), origins)
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """global = micro x accumulation x ranks."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+
+    def __post_init__(self):
+        per_forward = self.micro_batch_size * self.world_size
+        if self.global_batch_size % per_forward:
+            raise ValueError(
+                f"global_batch_size: {self.global_batch_size} is not micro_batch_size {self.micro_batch_size} x accumulation x "
+                f"{self.world_size} ranks; choose a multiple of {per_forward}, or another micro_batch_size"
+            )
+
+    @property
+    def grad_accum_steps(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def __str__(self) -> str:
+        return (
+            f"global batch {self.global_batch_size} = micro-batch {self.micro_batch_size} x accumulation {self.grad_accum_steps}"
+            f" x {self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        )
+
+
+def learning_rate_at(settings: Settings, step: int, num_steps: int) -> float:
+    """Learning rate of update `step` (from 0) of `num_steps`: linear warm-up, then the schedule to `final_lr_ratio`."""
+    peak, floor = settings.learning_rate, settings.learning_rate * settings.final_lr_ratio
+    warmup = math.ceil(settings.warmup_ratio * num_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if settings.scheduler == "constant":
+        return peak
+    done = (step - warmup) / max(1, num_steps - 1 - warmup)
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if settings.scheduler == "cosine" else 1 - done
+    return floor + (peak - floor) * shape

@@ -1,0 +1,62 @@
+"""The ranks of a run: who we are, and the few things that all ranks do together."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank, number of ranks and device of this process. Without a launcher there is one rank."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank, in the order of ranks."""
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: dict[str, torch.Tensor | float]) -> dict[str, float]:
+        """Sums over ranks of named scalars, in one fp64 reduction. All ranks pass the same names."""
+        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values.values()])
+        torch.distributed.all_reduce(total)
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+
+def join_world(timeout_minutes: int = 30) -> World:
+    """Join the ranks that the launcher started (`deepspeed`, `torchrun`, SLURM), or be the only one.
+
+    DeepSpeed reads the same environment; a process started by plain python gets it filled in here.
+    """
+    rank, size = int(os.environ.setdefault("RANK", "0")), int(os.environ.setdefault("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not torch.distributed.is_initialized():
+        store = None
+        if "MASTER_PORT" not in os.environ:
+            store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+            os.environ["MASTER_PORT"] = str(store.port)
+        torch.distributed.init_process_group(
+            backend, rank=rank, world_size=size, store=store, timeout=timedelta(minutes=timeout_minutes)
+        )
+    return World(rank, local_rank, size, device)
