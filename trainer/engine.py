@@ -19,6 +19,10 @@ from mede2.trainer.policy import Policy
 from mede2.trainer.settings import BatchArithmetic, Settings
 from mede2.trainer.world import World
 
+# A collective of inference that training never calls; on a CPU its C++ would compile for a minute or more in the first
+# run, and again whenever a run from another virtual environment shares the cache.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 OURS = {  # sections of a DeepSpeed file that would say again, or otherwise, what a setting says
     "optimizer": "optimizer, learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon",
     "scheduler": "scheduler, warmup_ratio, final_lr_ratio",
@@ -49,7 +53,10 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
     for section, setting in OURS.items():
         if section in config:
             raise ValueError(f"--ds {path}: {section}: remove it; the settings decide: {setting}")
-    stage = config.get("zero_optimization", {}).get("stage")
+    for section in ("zero_optimization", "bf16"):
+        if not isinstance(config.get(section, {}), dict):
+            raise ValueError(f"--ds {path}: {section}: {config[section]!r} is not a JSON object")
+    stage = _get(config, "zero_optimization.stage")
     if stage not in (1, 2, 3):
         raise ValueError(f"--ds {path}: zero_optimization.stage: {stage!r} is not 1, 2 or 3")
     return config

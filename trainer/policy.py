@@ -4,6 +4,7 @@ import types
 from collections.abc import Mapping
 from pathlib import Path
 
+import deepspeed
 import torch
 import transformers
 from torch import Tensor, nn
@@ -89,6 +90,7 @@ def load_policy(
     """
     stage3 = _ZeroStage3(deepspeed_config) if deepspeed_config and _zero_stage(deepspeed_config) == 3 else None
     if stage3:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # over the process group that is there
         set_hf_deepspeed_config(stage3)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(

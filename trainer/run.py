@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig
 
 from mede2.kernels.logps import choose_implementation
@@ -232,10 +231,7 @@ def describe(run: Prepared) -> list[str]:
 
 def settings_yaml(resolved: Resolved) -> str:
     """The settings as a recipe that runs them again, each with its origin as a comment."""
-    rows = [
-        yaml.safe_dump({name: value}, default_flow_style=None, width=10**6).strip() + f"  # {origin}"
-        for name, value, origin in resolved.described()
-    ]
+    rows = [f"{name}: {json.dumps(value)}  # {origin}" for name, value, origin in resolved.described()]
     return f"# {STAGE_NAMES[resolved.stage]}\n" + "\n".join(rows) + "\n"
 
 

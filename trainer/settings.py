@@ -44,7 +44,7 @@ class Settings:
     micro_batch_size: int = _setting(1, "Examples (Stage II: pairs) per forward on one rank.", at_least=1, harmless=True)
     max_pixels: int | None = _setting(None, "Largest image, pixels; unset: what the model's processor says.", at_least=1)
     max_length: int = _setting(4096, "Longest sequence, tokens, image tokens counted; longer rows are refused.", at_least=8)
-    seed: int = _setting(0, "Seed of the data order and of every random number generator.", at_least=0)
+    seed: int = _setting(0, "Seed of the data order and of every random number generator.", at_least=0, at_most=2**63 - 1)
     save_every: int = _setting(0, "Checkpoint every so many updates (0: only at the end).", at_least=0, harmless=True)
     eval_every: int = _setting(0, "Evaluate every so many updates (0: only at the end).", at_least=0, harmless=True)
     resume: str = _setting("auto", "auto: continue the newest complete checkpoint; never: start over (an older run is "
@@ -105,8 +105,9 @@ def _check_value(item, value) -> None:
         return
     if rules["choices"] and value not in rules["choices"]:
         raise ValueError(f"{item.name}: {value!r} is not one of {', '.join(rules['choices'])}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{item.name}: {value} is not a finite number")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{item.name}: {number} is not a finite number")
     for rule, holds, words in (
         ("at_least", lambda v, limit: v >= limit, "at least"),
         ("above", lambda v, limit: v > limit, "above"),
@@ -134,7 +135,7 @@ def _convert(name: str, value: Any, source: str) -> Any:
         if fits and inner[0] is float and all(_is_number(v) for v in values):
             return tuple(float(v) for v in values)
     elif (kind is float and _is_number(value)) or (kind is int and _is_number(value) and float(value).is_integer()):
-        return kind(value)
+        return int(float(value)) if kind is int and isinstance(value, str) else kind(value)  # "1e3" is a whole number
     elif kind in (bool, str) and isinstance(value, kind):
         return value
     raise ValueError(f"{name}: {value!r} (from {source}) is not {_describe(kind)}")

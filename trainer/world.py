@@ -51,6 +51,9 @@ def join_world(timeout_minutes: int = 30) -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if not torch.distributed.is_initialized():
         store = None
         if "MASTER_PORT" not in os.environ:

@@ -132,6 +132,14 @@ def test_chunk_boundaries(size, chunks_of):
     assert_as_exact_as_eager(inputs)
 
 
+@pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hidden_gradient_is_summed_in_fp32(product_dtype, chunks_of, monkeypatch):
+    """128 chunks: a sum rounded to bf16 after each would be several units off."""
+    monkeypatch.setattr(logps_torch, "product_dtype", lambda hidden: product_dtype)
+    chunks_of(4)
+    assert_as_exact_as_eager(make_inputs((64, 32, 512), torch.bfloat16))
+
+
 def test_chunk_size_follows_the_budget():
     assert logps_torch.chunk_size(1024, 512, 4, 4) == logps_torch.CHUNK_BYTES // (1024 * 4 + 2 * 512 * 4) == 4096
     assert logps_torch.chunk_size(10**6, 512, 6, 4) == logps_torch.MIN_CHUNK
@@ -245,6 +253,13 @@ def test_autocast_changes_nothing(chunks_of):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = run(*inputs)
     assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+def test_autocast_is_off_inside_the_reference_too():
+    hidden, weight, targets, bias, _ = make_inputs((7, 13, 101))
+    expected = linear_logps(hidden, weight, targets, bias=bias, implementation="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear_logps(hidden, weight, targets, bias=bias, implementation="reference"), expected)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -59,7 +59,10 @@ class Encoder:
 
     def __init__(self, processor, max_length: int, grey_window: Window = None):
         self.processor, self.max_length, self.grey_window = processor, max_length, grey_window
-        self.special_tokens = [token for token in processor.tokenizer.get_added_vocab() if _is_control(token)]
+        self.special_tokens = [
+            token.content for token in processor.tokenizer.added_tokens_decoder.values()
+            if token.special or token.content.startswith("<|")
+        ]  # control tokens, not words such as <think> that answers are made of
         self.end = processor.tokenizer.eos_token
 
     def __call__(self, record: Record) -> Example:
@@ -75,7 +78,7 @@ class Encoder:
             images = [load_image(path, self.grey_window) for path in record.images]
         except ValueError as error:
             raise BadRow(record.source, str(error)) from error
-        encoded: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        encoded: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
         sequences = []
         for conversation in record.conversations:
             segments = self._segments(record.source, conversation, record.num_prompt_messages)
@@ -120,19 +123,20 @@ class Encoder:
         )
 
     def _encode(self, source: str, segments, images: list, encoded: dict) -> Sequence:
-        """Tokenize segment by segment; `encoded` keeps those that both answers share."""
+        """Tokenize segment by segment; `encoded` keeps those that both answers share, by text and first image."""
         ids, mask, types, used = [], [], [], 0
         for text, learnt in segments:
             count = text.count(self.processor.image_token)
-            if text not in encoded:
+            key = (text, used)
+            if key not in encoded:
                 output = self.processor(
                     text=[text], images=images[used : used + count] or None, return_tensors="np", add_special_tokens=False
                 )
                 tokens = np.asarray(output["input_ids"][0], dtype=np.int64)
                 kinds = output.get("mm_token_type_ids")
-                encoded[text] = tokens, np.zeros_like(tokens) if kinds is None else np.asarray(kinds[0], dtype=np.int64)
+                encoded[key] = tokens, np.zeros_like(tokens) if kinds is None else np.asarray(kinds[0], dtype=np.int64)
             used += count
-            tokens, kinds = encoded[text]
+            tokens, kinds = encoded[key]
             ids.append(tokens)
             types.append(kinds)
             mask.append(np.full(len(tokens), learnt))
@@ -149,9 +153,3 @@ class Encoder:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         digest.update(repr(self.grey_window).encode())
         return digest.hexdigest()
-
-
-def _is_control(token: str) -> bool:
-    """Control tokens are those in angle brackets with bars or in capitals (`<|im_end|>`, `<IMG_CONTEXT>`), not
-    words such as `<think>` that answers are made of."""
-    return token.startswith("<|") or (token.startswith("<") and token.strip("</>").isupper())

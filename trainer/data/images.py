@@ -23,6 +23,8 @@ def load_image(path: Path, grey_window: Window = None) -> Image.Image:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"image {path}: {image.n_frames} frames; save the one to be used")
+            if not image.mode.startswith("I") and any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):
+                raise ValueError(f"image {path}: 16 bits in each of several channels; save it with 8, or as 16-bit grey")
             image.load()
             upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:

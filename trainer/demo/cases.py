@@ -2,7 +2,6 @@
 
 The table is a toy with exact answers, written so that every error has a name. It is not medicine.
 """
-from __future__ import annotations
 
 import re
 from collections.abc import Sequence
@@ -163,7 +162,8 @@ def read_chain(think: str) -> Statement | None:
     said = (match["count"], match["history"], match["diagnosis"])
     rechecked = (match["check_count"], match["check_history"], match["check_diagnosis"])
     checked = said == rechecked and match["rule_history"] == match["history"]
-    return Statement(tuple(findings), int(match["count"]), match["history"], match["pattern"], match["diagnosis"], checked)
+    count, history, diagnosis = said
+    return Statement(tuple(findings), int(count), history, match["pattern"], diagnosis, checked)
 
 
 def _write(

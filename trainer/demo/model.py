@@ -1,8 +1,5 @@
-"""The embedded model: a real Qwen2.5-VL of about a million parameters, built from its configuration with random weights.
-
-Imports transformers.
+"""The embedded model: a real Qwen2.5-VL of 0.7 million parameters, built from its configuration. Imports transformers.
 """
-from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,7 +111,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 
 def _texts() -> Iterator[str]:
     """Texts to train the tokenizer on: every word of the task, without the chat's special tokens."""
-    yield from (f"user\nWrite {', '.join(SECTIONS)}. Zones: clear, {', '.join(KINDS)}. Options: {', '.join(DIAGNOSES)}.\nassistant\n" for _ in range(500))
+    words = f"Write {', '.join(SECTIONS)}. Zones: clear, {', '.join(KINDS)}. Options: {', '.join(DIAGNOSES)}."
+    yield from [f"user\n{words}\nassistant\n"] * 500
     for seed in range(500):
         case = make_case(seed)
         answers = [chain(case), *(corrupt(case, criterion) for criterion in CRITERIA)]

@@ -1,5 +1,4 @@
 """Findings and the chest phantom that shows them: grey pictures drawn from numbers, the same for the same seed."""
-from __future__ import annotations
 
 from dataclasses import dataclass
 

@@ -1,11 +1,6 @@
-"""Four numbers for a model on unseen cases: is the answer right, well-formed, grounded in the picture, and sound?
-
-Imports transformers.
-"""
-from __future__ import annotations
+"""Four rates of a model on unseen cases: answers right, well-formed, grounded, sound. Imports transformers."""
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +8,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForImageTextToText, ProcessorMixin, Qwen2_5_VLProcessor
+from transformers import AutoModelForImageTextToText
 
+from mede2.trainer.data.processing import load_processor
 from mede2.trainer.demo.cases import Case, read_chain, render
 from mede2.trainer.demo.records import image_question
 from mede2.trainer.evaluation.answers import parse_answer
@@ -104,7 +100,7 @@ def summarize(verdicts: Iterator[Verdict]) -> Scores:
 @torch.inference_mode()
 def generate(folder: Path, cases: Sequence[Case], batch_size: int = 100) -> list[str]:
     """Greedy generations, special tokens removed, in the order of `cases`."""
-    processor = _load_processor(folder)
+    processor = load_processor(folder)
     processor.tokenizer.padding_side = "left"  # the answers of a batch start in the same column
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     texts: list[str] = []
@@ -138,14 +134,3 @@ def _conversation(case: Case) -> list[dict]:
     """The case as one user turn, its picture in place."""
     picture, text = image_question(case)
     return [{"role": "user", "content": [picture | {"image": render(case)}, text]}]
-
-
-class _ImageOnlyProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without the video part, which cannot be loaded where torchvision is missing."""
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, video_processor=None, chat_template=chat_template, **kwargs)
-
-
-def _load_processor(folder: Path) -> ProcessorMixin:
-    return _ImageOnlyProcessor.from_pretrained(folder)

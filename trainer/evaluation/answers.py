@@ -1,5 +1,4 @@
 """Reading an answer out of generated text: the format check, the two parts, and the option that is meant, or None."""
-from __future__ import annotations
 
 import re
 from collections.abc import Sequence
@@ -7,12 +6,15 @@ from dataclasses import dataclass
 
 STRICT = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
-LETTERED = re.compile(r"\(?(?P<letter>[A-Za-z])\)?(?:[.:)]\s*(?P<text>.*))?", re.DOTALL)  # A  (A)  A.  A. text  (A): text
+LETTERED = re.compile(r"\(?(?P<letter>[A-Za-z])\)?(?:[.:)]\s*(?P<text>.*))?", re.DOTALL)  # A  (A)  A.  A. text
 
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """What a generation says. `think` and `answer` are None unless `well_formed`; `option` is None unless one is meant."""
+    """What a generation says.
+
+    `think` and `answer` are None unless it is `well_formed`; `option`, an index, is None unless one option is meant.
+    """
 
     well_formed: bool
     think: str | None = None

@@ -1,0 +1,28 @@
+# `make demo` and `make test` set up .venv themselves; both do nothing twice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: demo test lint clean
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/deepspeed launch/stage2.py --ds ds_configs/z3.json
+	$(BIN)/python launch/demo.py
+
+test: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

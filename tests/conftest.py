@@ -1,0 +1,215 @@
+"""Fixtures that all tests share: one rank, a small real Qwen2.5-VL, and writers of images and records.
+
+Helpers are fixtures that return functions, as pytest's importlib mode lets test files import nothing from each other.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+MAX_PIXELS = 96 * 64
+MIN_PIXELS = 32 * 32
+
+# Chat templates that render what the published ones render. Qwen/Qwen2.5-VL-7B-Instruct, chat_template.json: a default
+# system prompt where none is given. OpenGVLab/InternVL3-8B-hf, chat_template.jinja: no default, an image on a line of
+# its own. Both end every turn, the assistant's too, with <|im_end|> and a line break.
+QWEN2_5_VL_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif -%}
+{%- for message in messages -%}
+    {{ '<|im_start|>' ~ message['role'] ~ '\\n' }}
+    {%- set parts = [{'text': message['content']}] if message['content'] is string else message['content'] -%}
+    {%- for part in parts -%}
+        {{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}
+    {%- endfor -%}
+    {{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"""
+INTERNVL3_TEMPLATE = """\
+{%- for message in messages -%}
+    {{ '<|im_start|>' ~ message['role'] ~ '\\n' }}
+    {%- set parts = [{'text': message['content']}] if message['content'] is string else message['content'] -%}
+    {%- for part in parts -%}
+        {{ '<IMG_CONTEXT>\\n' if part['type'] == 'image' else part['text'] }}
+    {%- endfor -%}
+    {{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"""
+
+
+@pytest.fixture(scope="session")
+def world():
+    """One rank without a launcher. What `join_world` writes to the environment does not reach other processes."""
+    from mede2.trainer.world import join_world
+
+    before = dict(os.environ)
+    joined = join_world()
+    os.environ.clear()
+    os.environ.update(before)
+    yield joined
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A Qwen2.5-VL of under a million parameters, untrained, whose images take 4 to 24 tokens by their size."""
+    from mede2.trainer.demo.model import build_base
+
+    folder = build_base(tmp_path_factory.mktemp("model"), seed=0)
+    path = folder / "preprocessor_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("min_pixels", None)
+    config.pop("max_pixels", None)
+    config["size"] = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processor(model_folder):
+    """The processor of `model_folder`. Shared: a test that changes it loads its own."""
+    from mede2.trainer.data.processing import load_processor
+
+    return load_processor(model_folder)
+
+
+@pytest.fixture(scope="session")
+def write_image():
+    """`write_image(path, width, height, seed)` writes an RGB picture of noise and returns its path."""
+
+    def write(path: Path, width: int = 48, height: int = 32, seed: int = 0) -> Path:
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_rows():
+    """`write_rows(path, rows)` writes jsonl (a row that is a str goes in as it is) and returns the path."""
+
+    def write(path: Path, rows: list) -> Path:
+        lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def user():
+    """`user(text, num_images)`: a user's message, its images first."""
+
+    def message(text: str, num_images: int = 0) -> dict:
+        return {"role": "user", "content": [*({"type": "image"},) * num_images, {"type": "text", "text": text}]}
+
+    return message
+
+
+@pytest.fixture(scope="session")
+def assistant():
+    """`assistant(text)`: an assistant's message."""
+
+    def message(text: str) -> dict:
+        return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+    return message
+
+
+@pytest.fixture(scope="session")
+def stage1_file(tmp_path_factory, write_rows, user, assistant) -> Path:
+    """Seven Stage I rows: text only, unequal answers, one with a system message, one of two turns."""
+    rows = [
+        {"messages": [user(f"Case {i}: a dense shadow?"), assistant("<think>look" + " again" * i + "</think>mass")]}
+        for i in range(5)
+    ]
+    system = {"role": "system", "content": "You read films."}
+    rows.append({"messages": [system, user("Which zone?"), assistant("left upper")]})
+    two_turns = [user("Clear?"), assistant("no"), user("Sure?"), assistant("<think>yes</think>quite sure")]
+    rows.append({"messages": two_turns})
+    return write_rows(tmp_path_factory.mktemp("stage1") / "rows.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def stage2_file(tmp_path_factory, write_rows, write_image, user, assistant) -> Path:
+    """Seven Stage II rows with 1, 0, 2, 1, 0, 1 and 3 images of several sizes; answers of unequal lengths."""
+    folder = tmp_path_factory.mktemp("stage2")
+    sizes = [(48, 32), (96, 64), (32, 32), (33, 80)]
+    rows, written = [], 0
+    for i, num_images in enumerate((1, 0, 2, 1, 0, 1, 3)):
+        images = []
+        for _ in range(num_images):
+            images.append(write_image(folder / f"image-{written}.png", *sizes[written % len(sizes)], seed=written).name)
+            written += 1
+        row = {
+            "prompt": [user(f"Question {i}: which finding?", num_images)],
+            "chosen": [assistant("<think>" + "look " * (3 + 2 * i) + "</think>mass")],
+            "rejected": [assistant("clear" + " and so on" * (6 - i))],
+        }
+        rows.append(row | ({"images": images} if images else {}))
+    return write_rows(folder / "rows.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def load(processor, world):
+    """`load(file, stage, ...)`: a data set of the small model, encoded."""
+    from mede2.trainer.data.dataset import load_dataset
+    from mede2.trainer.data.encoding import Encoder
+
+    def load_file(file: Path, stage: int, *, max_length: int = 512, grey_window=None, on_bad_row: str = "stop"):
+        return load_dataset((str(file),), stage, Encoder(processor, max_length, grey_window), on_bad_row, world)
+
+    return load_file
+
+
+@pytest.fixture(scope="session")
+def internvl_folder(tmp_path_factory) -> Path:
+    """A small InternVL, untrained: 4 tokens for each 32 x 32 tile, square images one tile, others several."""
+    from transformers import (
+        GotOcr2ImageProcessorPil,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        PreTrainedTokenizerFast,
+    )
+
+    from mede2.trainer.demo.model import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("internvl")
+    base = build_tokenizer()
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base.backend_tokenizer, pad_token=base.pad_token, eos_token=base.eos_token,
+        chat_template=INTERNVL3_TEMPLATE, extra_special_tokens=names | {"video_token": "<video>"},
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    (folder / "processor_config.json").write_text('{"image_seq_length": 4, "processor_class": "InternVLProcessor"}')
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": len(tokenizer)} | sizes,
+        vision_config={"image_size": [32, 32], "patch_size": [8, 8]} | sizes,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, downsample_ratio=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    InternVLForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def families(model_folder, internvl_folder) -> dict:
+    """Processors of two model families, with the chat templates of their published models."""
+    from mede2.trainer.data.processing import load_processor
+
+    qwen, internvl = load_processor(model_folder), load_processor(internvl_folder)
+    qwen.chat_template = qwen.tokenizer.chat_template = QWEN2_5_VL_TEMPLATE
+    return {"qwen2_5_vl": qwen, "internvl3": internvl}
