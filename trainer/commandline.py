@@ -1,9 +1,9 @@
 """The command line of both stages: flags to settings, errors to one clear message."""
 
+import json
 import os
 import sys
 import time
-import warnings
 
 import click
 
@@ -13,36 +13,52 @@ FLAGS = (
     "model", "eval", "output", "epochs", "max_steps", "learning_rate", "beta", "global_batch_size", "micro_batch_size",
     "max_pixels", "max_length", "seed", "save_every", "eval_every", "resume",
 )  # fmt: skip
+METAVARS = {"model": "PATH_OR_HUB_NAME", "eval": "FILE", "output": "DIR", "resume": "auto|never|PATH"}
 PATIENCE_S = 5.0
 
 
 def stage_command(stage: int) -> click.Command:
     """The click command of a stage."""
 
-    def callback(ds, recipe, assignments, train, dry_run, local_rank, **flags):
+    def callback(ds, recipe, assignments, train, more_train, dry_run, local_rank, **flags):
         try:
-            _run(stage, ds, recipe, assignments, train, dry_run, flags)
+            if more_train and not train:
+                raise ValueError(f"{more_train[0]}: unexpected; training files follow --train")
+            _run(stage, ds, recipe, assignments, train + more_train, dry_run, flags)
         except ValueError as error:
             _fail(str(error))
 
-    flags = [
-        click.Option([f"--{name.replace('_', '-')}"], type=str, default=None, help=FIELDS[name].metadata["help"])
-        for name in FLAGS
-    ]
+    def flag(name: str) -> click.Option:
+        metavar = METAVARS.get(name, "NUMBER")
+        return click.Option([f"--{name.replace('_', '-')}"], metavar=metavar, help=FIELDS[name].metadata["help"])
+
     return click.Command(
         f"stage{stage}",
         callback=callback,
         help=f"{STAGE_NAMES[stage]}. Flags over recipe over defaults; with --ds alone the embedded default runs.",
+        epilog="\b\nSettings for --set and recipes, with their defaults:\n" + "\n".join(_other_settings(stage)),
         params=[
-            click.Option(["--ds"], required=True, metavar="FILE", help='DeepSpeed file, such as ds_configs/z3.json; its "auto"s are filled from the settings.'),
+            click.Option(["--ds"], required=True, metavar="FILE",
+                         help='DeepSpeed file, such as ds_configs/z3.json; its "auto"s are filled from the settings.'),
             click.Option(["--recipe"], metavar="FILE.yaml", help="Settings as YAML."),
-            click.Option(["--train"], multiple=True, metavar="FILE", help=f"{FIELDS['train'].metadata['help']} Give it once per file."),
-            *flags,
+            click.Option(["--train"], multiple=True, metavar="FILE...", help=FIELDS["train"].metadata["help"]),
+            click.Argument(["more_train"], nargs=-1, metavar=""),
+            *map(flag, FLAGS),
             click.Option(["--dry-run"], is_flag=True, default=None, help=FIELDS["dry_run"].metadata["help"]),
-            click.Option(["--set", "assignments"], multiple=True, metavar="KEY=VALUE", help=f"Any other setting: {', '.join(n for n in FIELDS if n not in FLAGS)}."),
+            click.Option(["--set", "assignments"], multiple=True, metavar="KEY=VALUE", help="Any setting; see below."),
             click.Option(["--local_rank", "--local-rank"], type=int, hidden=True, help="What launchers pass."),
         ],
     )  # fmt: skip
+
+
+def _other_settings(stage: int) -> list[str]:
+    """A line for each setting that has no flag."""
+    defaults = resolve(stage, []).settings.as_dict()
+    names = [name for name in FIELDS if name not in (*FLAGS, "train", "dry_run")]
+    return [
+        f"  {name}={json.dumps(defaults[name])}  {FIELDS[name].metadata['help']}"
+        for name in names if FIELDS[name].metadata["stage"] in (None, stage)
+    ]  # fmt: skip
 
 
 def _run(stage: int, ds: str, recipe: str | None, assignments, train, dry_run, flags: dict) -> None:
@@ -58,7 +74,6 @@ def _run(stage: int, ds: str, recipe: str | None, assignments, train, dry_run, f
     own_records = any("train" in layer for _, layer in layers)
     resolve(stage, layers)  # what the user wrote is checked before anything slow is imported
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's own calls
     from mede2.trainer.demo import defaults
     from mede2.trainer.policy import quiet_transformers
     from mede2.trainer.run import run_stage
@@ -70,8 +85,8 @@ def _run(stage: int, ds: str, recipe: str | None, assignments, train, dry_run, f
     run_stage(resolve(stage, layers), ds, join_world())
 
 
-def _number_or_text(name: str, text: str):
-    """Flags arrive as text; those of numeric settings are numbers, or an error of `resolve` says what they are not."""
+def _number_or_text(name: str, text: str) -> int | float | str:
+    """Flags arrive as text; those of numeric settings are numbers, or `resolve` says what they are not."""
     kind = str(FIELDS[name].type)
     if "int" in kind or "float" in kind:
         for parse in (int, float):
@@ -83,8 +98,8 @@ def _number_or_text(name: str, text: str):
 
 
 def _fail(message: str) -> None:
-    """Print one error and exit with 1. Rank 0 has the first word; when it is still there after a while, the fault is
-    this rank's own and it speaks itself."""
+    """Print one error and exit with 1. Rank 0 has the first word; when another rank is still there after a while, the
+    fault is its own and it speaks itself."""
     if int(os.environ.get("RANK", "0")):
         time.sleep(PATIENCE_S)
     click.echo(f"Error: {message}", err=True)

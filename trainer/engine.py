@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mede2.trainer.world import World
 # A collective of inference that training never calls; on a CPU its C++ would compile for a minute or more in the first
 # run, and again whenever a run from another virtual environment shares the cache.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
 
 OURS = {  # sections of a DeepSpeed file that would say again, or otherwise, what a setting says
     "optimizer": "optimizer, learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon",

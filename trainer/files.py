@@ -29,9 +29,14 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_json(value: Any) -> str:
+    """sha256 of a value's JSON, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def hash_weights(folder: Path, world: World) -> str:
     """sha256 over a model folder's config and safetensors files, which the ranks share out among them."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     share = {path.name: hash_file(path) for path in files[world.rank :: world.size]}
     hashes = {name: value for part in world.gather(share) for name, value in part.items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return hash_json(hashes)

@@ -7,6 +7,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -96,7 +97,7 @@ def load_policy(
         model, info = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"model: {folder} does not load: {error}") from error
     finally:
         unset_hf_deepspeed_config()

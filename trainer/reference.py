@@ -1,6 +1,5 @@
 """Reference log-probabilities: computed once by the policy's own forward, cached under a hash of all they depend on."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -13,23 +12,19 @@ from torch import Tensor
 
 from mede2.trainer.data.dataset import Batches
 from mede2.trainer.engine import Engine
+from mede2.trainer.files import hash_json
 from mede2.trainer.world import World
 
 TENSOR = "answer_logps"
 
 
-def key_of(components: dict[str, str]) -> str:
-    """The cache key: sha256 of the named hashes and settings that the log-probabilities depend on."""
-    return hashlib.sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()
-
-
 def differing(components: dict[str, str], others: dict[str, str]) -> list[str]:
-    """Names of the components that two keys disagree on."""
+    """Names of the components that two sets disagree on."""
     return sorted(name for name in components.keys() | others.keys() if components.get(name) != others.get(name))
 
 
 def cache_path(folder: Path, components: dict[str, str]) -> Path:
-    return folder / f"{key_of(components)[:32]}.safetensors"
+    return folder / f"{hash_json(components)[:32]}.safetensors"
 
 
 def read_cache(folder: Path, components: dict[str, str], num_examples: int) -> Tensor | None:

@@ -22,6 +22,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, on every rank, in the order of ranks."""
         values: list[Any] = [None] * self.size

@@ -129,12 +129,7 @@ class Encoder:
             count = text.count(self.processor.image_token)
             key = (text, used)
             if key not in encoded:
-                output = self.processor(
-                    text=[text], images=images[used : used + count] or None, return_tensors="np", add_special_tokens=False
-                )
-                tokens = np.asarray(output["input_ids"][0], dtype=np.int64)
-                kinds = output.get("mm_token_type_ids")
-                encoded[key] = tokens, np.zeros_like(tokens) if kinds is None else np.asarray(kinds[0], dtype=np.int64)
+                encoded[key] = self._tokenize(text, images[used : used + count])
             used += count
             tokens, kinds = encoded[key]
             ids.append(tokens)
@@ -143,6 +138,16 @@ class Encoder:
         if used != len(images):
             raise BadRow(source, f"the model's chat template shows {used} of {len(images)} images")
         return Sequence(np.concatenate(ids), np.concatenate(mask), np.concatenate(types))
+
+    def _tokenize(self, text: str, images: list) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and types of a segment; only one with images needs the processor, which is slow."""
+        if not images:
+            tokens = np.asarray(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+            return tokens, np.zeros_like(tokens)
+        output = self.processor(text=[text], images=images, return_tensors="np", add_special_tokens=False)
+        tokens = np.asarray(output["input_ids"][0], dtype=np.int64)
+        kinds = output.get("mm_token_type_ids")
+        return tokens, np.zeros_like(tokens) if kinds is None else np.asarray(kinds[0], dtype=np.int64)
 
     def _digest(self, record: Record, sequences: list[Sequence]) -> str:
         digest = hashlib.sha256()

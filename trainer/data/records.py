@@ -150,6 +150,8 @@ def _content(source: str, where: str, role: str, content: Any) -> list[dict]:
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and part.keys() == {"type", "text"} and isinstance(part["text"], str):
+            if any("\ud800" <= character <= "\udfff" for character in part["text"]):
+                raise BadRow(source, f"{where}: a text that is not valid Unicode (half of a surrogate pair)")
             continue
         if kind == "image" and part.keys() == {"type"}:
             if role == "user":

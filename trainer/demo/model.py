@@ -33,7 +33,8 @@ CHAT_TEMPLATE = (
 PATCH, MERGE = 8, 2  # pixels of a patch, patches merged on a side: a phantom is 96 patches and 24 visual tokens
 VOCABULARY = 512
 HIDDEN, LAYERS, HEADS, KV_HEADS = 96, 4, 4, 2
-ROPE_THETA = 20.0  # so low that neighbouring columns of a picture differ in the slowest third of the frequencies too
+INIT = 0.08  # standard deviation of the weights, near 1 / sqrt(HIDDEN); the family's 0.02 leaves so narrow a model mute
+ROPE_THETA = 200.0  # low enough to tell rows of a picture apart, high enough to match words 40 tokens away
 VISION_HIDDEN, VISION_LAYERS, VISION_HEADS = 64, 3, 4
 
 
@@ -85,6 +86,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "max_position_embeddings": 1024,
             "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [4, 4, 4]},
             "tie_word_embeddings": True,
+            "initializer_range": INIT,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
@@ -99,6 +101,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "spatial_merge_size": MERGE,
             "temporal_patch_size": 2,
             "window_size": 4 * PATCH,
+            "initializer_range": INIT,
             "fullatt_block_indexes": list(range(VISION_LAYERS)),
         },
         image_token_id=ids(IMAGE),
@@ -111,7 +114,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 
 def _texts() -> Iterator[str]:
     """Texts to train the tokenizer on: every word of the task, without the chat's special tokens."""
-    words = f"Write {', '.join(SECTIONS)}. Zones: clear, {', '.join(KINDS)}. Options: {', '.join(DIAGNOSES)}."
+    words = f"Copy: Write {', '.join(SECTIONS)}. Zones: clear, {', '.join(KINDS)}. Options: {', '.join(DIAGNOSES)}."
     yield from [f"user\n{words}\nassistant\n"] * 500
     for seed in range(500):
         case = make_case(seed)

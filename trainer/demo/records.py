@@ -14,7 +14,7 @@ from mede2.trainer.demo.phantoms import ZONES, Finding
 Row = dict[str, Any]
 REQUEST = "Think, then answer."
 SECTIONS = ("look", "zones", "count", "history", "options")  # what the base model learns to write: never a diagnosis
-SECTION_WEIGHTS = (0.9, 0.5, 0.4, 0.3, 0.2)  # how often each of SECTIONS is asked for
+SECTION_WEIGHTS = (0.9, 0.4, 0.5, 0.5, 0.2)  # how often each of SECTIONS is asked for
 WORDS = sorted(set(re.findall(r"</?\w+>|\w+", " ".join(chain(make_case(seed)) for seed in range(500)))))  # of chains
 
 
@@ -54,7 +54,7 @@ def write_pretraining(folder: Path, num: int, seed: int) -> Path:
     """Write `num` rows that teach the base model to see, read and copy, but never to think or to diagnose.
 
     Each row asks for some of `SECTIONS` in some order, so that what comes next, the end included, is always what was
-    asked for. Of four rows two show a picture, one tells the findings, and one has words in a random order to copy.
+    asked for. Of eight rows five show a picture, one tells the findings, and two have words in a random order to copy.
     """
     rows = (_pretraining_row(folder, case, index) for index, case in enumerate(_cases("pretraining", num, seed)))
     return _write_rows(folder / "pretraining.jsonl", rows)
@@ -73,10 +73,10 @@ def _pretraining_row(folder: Path, case: Case, index: int) -> Row:
     }
     answer = " ".join(written[section] for section in asked)
     request = f"{_background(case)} Write {', '.join(asked)}."
-    if index % 4 == 2:
+    if index % 8 in (5, 6):
         words = " ".join(rng.choice(WORDS, size=rng.integers(4, 17)))
         return {"messages": _turns(f"Copy: {words}.", f"Copy: {words}."), "meta": _meta(case)}
-    if index % 4 == 3:
+    if index % 8 == 7:
         return {"messages": _turns(f"{_told(case)} {request}", answer), "meta": _meta(case)}
     question = [{"type": "image"}, {"type": "text", "text": request}]
     return {"messages": _turns(question, answer), "images": [_save_image(folder, case, index)], "meta": _meta(case)}

@@ -1,0 +1,75 @@
+"""One update of many configurations: its loss, its gradient norm and the gradients that the optimizer got."""
+
+import torch
+from harness import applied_gradients, main, make_batches, make_engine, make_settings, no_hook
+
+from mede2.trainer.data.dataset import Batches, Totals
+from mede2.trainer.loop import train
+from mede2.trainer.objectives import Enhance, elicit
+from mede2.trainer.settings import ELICIT
+from mede2.trainer.world import World
+
+EVERY_PART = {"train_language_model": True, "train_vision_tower": True, "train_merger": True}
+RECOMPUTED = EVERY_PART | {"activation_checkpointing": True, "micro_batch_size": 2}
+# name: model, records, stage, ZeRO file, settings beyond the usual
+CASES = {
+    "elicit": ("tied", "texts", 1, "z3", {}),
+    "elicit_mixed": ("tied", "mixed", 1, "z3", {"micro_batch_size": 2}),
+    "enhance": ("tied", "pairs", 2, "z3", {}),
+    "enhance_micro_2": ("tied", "pairs", 2, "z3", {"micro_batch_size": 2}),
+    "enhance_micro_4": ("tied", "pairs", 2, "z3", {"micro_batch_size": 4}),
+    "enhance_every_part": ("tied", "pairs", 2, "z3", EVERY_PART),
+    "enhance_recomputed": ("tied", "pairs", 2, "z3", RECOMPUTED),
+    "enhance_untied": ("untied", "pairs", 2, "z3", {"micro_batch_size": 4}),
+    "enhance_z2": ("tied", "pairs", 2, "z2", {}),
+    "enhance_z2_untied": ("untied", "pairs", 2, "z2", {"micro_batch_size": 4}),
+    "enhance_z3_offload": ("tied", "pairs", 2, "z3_offload", {"micro_batch_size": 2}),
+    "enhance_clipped": ("tied", "pairs", 2, "z3", {"max_grad_norm": 1e-2, "micro_batch_size": 4}),
+    "enhance_bf16": ("tied", "pairs", 2, "z3", {"dtype": "bf16", "micro_batch_size": 4}),
+}
+
+
+class LocalTotals(Batches):
+    """The bug that the gradient tests must catch: denominators of this rank's own rows."""
+
+    def totals(self, step: int) -> Totals:
+        slots = [slot for group in self.sampler.micro_batches(step, self.world.rank) for slot in group if slot.weight]
+        examples = [self.dataset.examples[slot.index] for slot in slots]
+        return Totals(
+            num_examples=len(examples),
+            num_answer_tokens=sum(example.sequences[0].num_answer_tokens for example in examples),
+            num_tokens=super().totals(step).num_tokens,
+        )
+
+
+def one_update(world: World, job: dict, case: str, batches_type: type[Batches] = Batches) -> dict:
+    model, records, stage, zero, values = CASES[case]
+    settings = make_settings(stage, **values)
+    usual = make_batches(world, job["models"][model], job["records"][records], stage, settings)
+    batches = batches_type(usual.dataset, usual.sampler, usual.collator, usual.world)
+    objective = elicit
+    if stage != ELICIT:
+        reference = torch.tensor(job["reference"], dtype=torch.float64)
+        objective = Enhance(reference, settings.beta, settings.label_smoothing, nll_weight=1.0)
+    engine = make_engine(world, job["models"][model], settings, zero)
+    result = {}
+
+    def keep(step: int, metrics: dict[str, float]) -> None:
+        result.update(metrics=dict(metrics), gradients=applied_gradients(engine))
+
+    train(
+        engine, objective, batches, settings, first_step=0, num_steps=1, before_update=no_hook, after_update=keep
+    )  # fmt: skip
+    pixels = [part.inputs.get("pixel_values", torch.zeros(1)) for part in batches.micro_batches(0)]
+    engine.close()
+    return result | {"micro_batches_with_image": [bool(values.any()) for values in pixels]}
+
+
+SCENARIOS = {case: lambda world, job, case=case: one_update(world, job, case) for case in CASES}
+SCENARIOS |= {
+    f"{case}_local_totals": lambda world, job, case=case: one_update(world, job, case, LocalTotals)
+    for case in ("elicit", "enhance")
+}
+
+if __name__ == "__main__":
+    main(SCENARIOS)

@@ -1,0 +1,58 @@
+"""Whole runs of both stages, as the commands start them."""
+
+from pathlib import Path
+
+from harness import DS_CONFIGS, main
+
+from mede2.trainer import reference
+from mede2.trainer.run import run_stage
+from mede2.trainer.settings import resolve
+from mede2.trainer.world import World
+
+SMALL = {"global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-4, "max_length": 512, "dtype": "fp32"}
+
+
+def stage(world: World, job: dict, number: int, name: str, **values) -> str:
+    """Run a stage into the folder `name` of this number of ranks; returns the folder of the model."""
+    output = str(Path(job["runs"]) / f"{world.size}-ranks" / name)
+    resolved = resolve(number, [("test", SMALL | values | {"output": output})])
+    return str(run_stage(resolved, str(DS_CONFIGS / "z3.json"), world))
+
+
+def stage1(world: World, job: dict) -> str:
+    texts = job["records"]["texts"]
+    start = job["models"]["tied"]
+    return stage(world, job, 1, "stage1", model=start, train=[texts], epochs=2, eval=texts, save_every=3)
+
+
+def stage2(world: World, job: dict) -> str:
+    """Starts from the Stage I beside its output."""
+    pairs = job["records"]["pairs"]
+    return stage(world, job, 2, "stage2", train=[pairs], eval=pairs, epochs=1, train_vision_tower=True)
+
+
+def stage2_cached(world: World, job: dict) -> str:
+    """The same records and starting policy again: whoever computes the reference anew is caught."""
+
+    def refuse(*arguments):
+        raise AssertionError("the reference log-probabilities were computed again")
+
+    compute, reference.compute = reference.compute, refuse
+    try:
+        return stage(world, job, 2, "stage2_cached", train=[job["records"]["pairs"]], max_steps=1)
+    finally:
+        reference.compute = compute
+
+
+def stage2_reference(world: World, job: dict) -> str:
+    """Against a reference that is not the starting policy."""
+    other = job["models"]["other"]
+    return stage(world, job, 2, "stage2_reference", train=[job["records"]["pairs"]], max_steps=1, reference=other)
+
+
+SCENARIOS = {
+    "stage1": stage1, "stage2": stage2, "stage2_cached": stage2_cached, "stage2_reference": stage2_reference,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    main(SCENARIOS)

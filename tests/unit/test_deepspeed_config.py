@@ -1,0 +1,55 @@
+"""The DeepSpeed file: what is filled, what must agree, what the settings own."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.settings import BatchArithmetic, Settings
+
+ROOT = Path(__file__).parents[2]
+AUTO = {
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"},
+}  # fmt: skip
+
+
+def fill(config: dict, dtype=torch.float32, **settings):
+    given = Settings(**{"global_batch_size": 24, "micro_batch_size": 3, "max_grad_norm": 0.5} | settings)
+    return fill_deepspeed_config(config, given, BatchArithmetic(24, 3, 4), dtype, hidden_size=32)
+
+
+@pytest.mark.parametrize(("dtype", "bf16"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("given", [AUTO, {"zero_optimization": AUTO["zero_optimization"]}], ids=["auto", "absent"])
+def test_every_auto_is_filled_from_the_settings(given, dtype, bf16):
+    before = copy.deepcopy(given)
+    filled = fill(given, dtype)
+    assert given == before, "the caller's configuration changed"
+    batch_sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert [filled[name] for name in batch_sizes] == [24, 3, 2]
+    assert filled["gradient_clipping"] == 0.5
+    assert filled["bf16"]["enabled"] is bf16
+    assert filled["zero_optimization"] == {
+        "stage": 3, "reduce_bucket_size": 32 * 32, "stage3_param_persistence_threshold": 10 * 32,
+    }  # fmt: skip
+    assert '"auto"' not in json.dumps(filled)
+
+
+def test_explicit_values_that_agree_stay():
+    filled = fill(AUTO | {"train_batch_size": 24, "zero_optimization": {"stage": 2, "reduce_bucket_size": 7}})
+    assert (filled["train_batch_size"], filled["zero_optimization"]["reduce_bucket_size"]) == (24, 7)
+
+
+@pytest.mark.parametrize("name", ["z2.json", "z3.json", "z3_offload.json"])
+def test_shipped_files_fill(name):
+    filled = fill(read_deepspeed_file(ROOT / "ds_configs" / name))
+    assert '"auto"' not in json.dumps(filled)
+
+
+def test_cpu_adam_is_let_through_where_the_file_offloads():
+    filled = fill(read_deepspeed_file(ROOT / "ds_configs" / "z3_offload.json"), optimizer="cpu_adam")
+    assert filled["zero_force_ds_cpu_optimizer"] is True

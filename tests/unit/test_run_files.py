@@ -1,0 +1,101 @@
+"""What a run leaves and finds again: checkpoints by their markers, rows of metrics, whole files."""
+
+import json
+
+import pytest
+
+from mede2.trainer.checkpoint import MARKER, newest_checkpoint, read_checkpoint
+from mede2.trainer.files import hash_weights, write_json, write_text
+from mede2.trainer.metrics import Metrics, read_metrics
+
+
+@pytest.fixture
+def write_checkpoint(tmp_path):
+    """`write_checkpoint(name, step)`; without a step it was never completed."""
+
+    def write(name: str, step: int | None = None):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "weights.pt").write_bytes(b"...")
+        if step is not None:
+            write_json(folder / MARKER, {"step": step, "world_size": 2, "identity": {"stage": 1}})
+        return folder
+
+    return write
+
+
+def test_the_newest_complete_checkpoint_counts(tmp_path, write_checkpoint):
+    write_checkpoint("step-000009", 9)
+    newest = write_checkpoint("step-000010", 10)
+    write_checkpoint("step-000011")  # killed before its marker
+    write_checkpoint(".step-000012.partial", 12)  # killed before it was renamed
+    found = newest_checkpoint(tmp_path)
+    assert (found.path, found.step, found.world_size, found.identity) == (newest, 10, 2, {"stage": 1})
+
+
+def test_steps_are_compared_as_numbers(tmp_path, write_checkpoint):
+    write_checkpoint("step-999999", 999_999)
+    newest = write_checkpoint("step-1000000", 1_000_000)
+    assert newest_checkpoint(tmp_path).path == newest
+
+
+def test_no_complete_checkpoint_is_none(tmp_path, write_checkpoint):
+    assert newest_checkpoint(tmp_path / "none") is None
+    write_checkpoint("step-000001")
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_reading_a_half_written_checkpoint_is_refused(write_checkpoint):
+    folder = write_checkpoint("step-000001")
+    with pytest.raises(ValueError, match=r"step-000001 is no complete checkpoint \(complete.json is missing"):
+        read_checkpoint(folder)
+
+
+@pytest.fixture
+def metrics_file(tmp_path):
+    """Five rows and a sixth one cut short by a crash."""
+    path = tmp_path / "metrics.jsonl"
+    rows = "".join(json.dumps({"step": step, "loss": step / 10}) + "\n" for step in range(1, 6))
+    path.write_text(rows + '{"step": 6, "lo', encoding="utf-8")
+    return path
+
+
+def test_a_last_line_cut_short_is_tolerated(metrics_file, tmp_path):
+    assert [row["step"] for row in read_metrics(metrics_file)] == [1, 2, 3, 4, 5]
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("first_step", [0, 3, 5])
+def test_a_continued_run_neither_doubles_nor_misses_a_step(metrics_file, first_step):
+    metrics = Metrics(metrics_file.parent, first_step, 8, "stage 1")
+    for step in range(first_step + 1, 9):
+        metrics.row(step, {"loss": 7.0, "num_tokens": 30}, seconds=0.5)
+    metrics.close()
+    rows = read_metrics(metrics_file)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["loss"] for row in rows] == [step / 10 for step in range(1, first_step + 1)] + [7.0] * (8 - first_step)
+    assert (rows[-1]["step_ms"], rows[-1]["tokens_per_s"]) == (500, 60)
+
+
+def test_files_are_replaced_whole(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old and long")
+    write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_hash_of_weights_follows_bytes_and_names(tmp_path, world):
+    def folder(name, **files):
+        (tmp_path / name).mkdir()
+        for file, content in ({"config.json": "{}", "a.safetensors": "1", "b.safetensors": "2"} | files).items():
+            (tmp_path / name / file).write_text(content)
+        return hash_weights(tmp_path / name, world)
+
+    base = folder("base")
+    assert folder("same", **{"README.md": "a file that changes no output"}) == base
+    assert base not in {
+        folder("weights", **{"b.safetensors": "3"}),
+        folder("config", **{"config.json": "{ }"}),
+        folder("swapped", **{"a.safetensors": "2", "b.safetensors": "1"}),
+    }

@@ -1,0 +1,195 @@
+"""A run before its weights are loaded: settings, data and configuration checked, described, and where it continues."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from mede2.kernels.logps import choose_implementation
+from mede2.trainer.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from mede2.trainer.data.collate import Collator
+from mede2.trainer.data.dataset import Batches, DataSet, load_dataset
+from mede2.trainer.data.encoding import Encoder
+from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
+from mede2.trainer.data.sampler import Sampler
+from mede2.trainer.demo import defaults
+from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.files import hash_json, hash_weights
+from mede2.trainer.settings import FIELDS, STAGE_NAMES, BatchArithmetic, Resolved, Settings
+from mede2.trainer.world import World
+
+SUMMARY = "summary.json"  # of an output folder; written last: the run is done
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run after everything that can be checked without the model's weights.
+
+    Attributes:
+        resolved: the settings, complete.
+        world: the ranks.
+        model: folder that training starts from.
+        output: folder that the run writes.
+        dtype: of the weights.
+        implementation: of the log-probabilities.
+        config: of DeepSpeed.
+        batch: the batch arithmetic.
+        train, held_out: batches of the training records, and of the held-out ones where there are any.
+        num_steps: updates of the whole run.
+        identity: what a run must share with the one it continues: settings, weights and data, by hash.
+    """
+
+    resolved: Resolved
+    world: World
+    model: Path
+    output: Path
+    dtype: torch.dtype
+    implementation: str
+    config: dict[str, Any]
+    batch: BatchArithmetic
+    train: Batches
+    held_out: Batches | None
+    num_steps: int
+    identity: dict[str, Any]
+
+    @property
+    def settings(self) -> Settings:
+        return self.resolved.settings
+
+    @property
+    def stage(self) -> int:
+        return self.resolved.stage
+
+
+def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World) -> Prepared:
+    """Check everything that can be checked before weights are loaded; see `Prepared`."""
+    config = read_deepspeed_file(deepspeed_file)
+    batch = BatchArithmetic(resolved.settings.global_batch_size, resolved.settings.micro_batch_size, world.size)
+    if resolved.settings.model is None:
+        resolved = resolved.replaced("embedded default", model=str(defaults.BASE_MODEL))
+    if not resolved.settings.train:
+        folder = output.parent / "demo_records" / f"stage{resolved.stage}"
+        if world.is_main:
+            defaults.write_records(resolved.stage, folder)
+        world.barrier()
+        files = {"train": (str(folder / "train" / f"stage{resolved.stage}.jsonl"),)}
+        if resolved.settings.eval is None:
+            files["eval"] = str(folder / "eval" / f"stage{resolved.stage}.jsonl")
+        resolved = resolved.replaced("embedded default", **files)
+    resolved = resolved.replaced(resolved.origins["output"], output=str(output))
+    settings = resolved.settings
+
+    dtype = _dtype(settings.dtype, world.device)
+    implementation = choose_implementation(settings.logps)
+    model = locate_model(settings.model)
+    processor = load_processor(model, settings.max_pixels)
+    encoder = Encoder(processor, settings.max_length, settings.grey_window)
+    train_set = load_dataset(settings.train, resolved.stage, encoder, settings.on_bad_row, world)
+    eval_set = settings.eval and load_dataset((settings.eval,), resolved.stage, encoder, settings.on_bad_row, world)
+    if settings.train_vision_tower and not train_set.has_images:
+        raise ValueError("train_vision_tower: no training record has an image")
+    if settings.train_merger and not train_set.has_images:
+        raise ValueError("train_merger: no training record has an image")
+
+    def batches(dataset: DataSet, seed: int | None) -> Batches:
+        collator = Collator(processor, dataset.has_images, settings.grey_window)
+        return Batches(dataset, Sampler(len(dataset.examples), batch, seed), collator, world)
+
+    train_batches = batches(train_set, settings.seed)
+    num_steps = max(1, round(settings.epochs * train_batches.sampler.steps_per_epoch))
+    if settings.max_steps is not None:
+        num_steps = min(num_steps, settings.max_steps)
+    text_config = AutoConfig.from_pretrained(model).get_text_config()
+    identity = {
+        "stage": resolved.stage,
+        "settings": {
+            name: value for name, value in settings.as_dict().items()
+            if not FIELDS[name].metadata["harmless"] and name not in ("model", "train", "eval", "reference")
+        },
+        "model": hash_weights(model, world),
+        "processor": hash_json(describe_processor(processor)),
+        "train": train_set.fingerprint,
+        "eval": eval_set.fingerprint if eval_set else None,
+        "reference": hash_weights(locate_model(settings.reference), world) if settings.reference else None,
+    }  # fmt: skip
+    return Prepared(
+        resolved, world, model, output, dtype, implementation,
+        fill_deepspeed_config(config, settings, batch, dtype, text_config.hidden_size), batch,
+        train_batches, batches(eval_set, None) if eval_set else None, num_steps, identity,
+    )  # fmt: skip
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def describe(run: Prepared) -> list[str]:
+    """What will run, for people: every setting with its origin, the data, the batch arithmetic."""
+    width = max(len(name) for name, _, _ in run.resolved.described())
+    lines = [STAGE_NAMES[run.stage]]
+    lines += [f"  {name:<{width}}  {json.dumps(value)}  ({origin})" for name, value, origin in run.resolved.described()]
+    lines.append(f"train: {run.train.dataset}")
+    if run.held_out:
+        lines.append(f"eval: {run.held_out.dataset}")
+    lines.append(f"batch: {run.batch}; {run.train.sampler.steps_per_epoch} updates an epoch, {run.num_steps} in all")
+    vision = "runs in every micro-batch" if run.train.dataset.has_images else "does not run (no record has an image)"
+    lines.append(
+        f"model: {run.model}, {str(run.dtype).removeprefix('torch.')} on {run.world.device.type}, "
+        f"ZeRO-{run.config['zero_optimization']['stage']}, attention {run.settings.attention}, log-probabilities "
+        f"{run.implementation}; vision tower {vision}"
+    )
+    return lines
+
+
+def settings_yaml(resolved: Resolved) -> str:
+    """The settings as a recipe that runs them again, each with its origin as a comment."""
+    rows = [f"{name}: {json.dumps(value)}  # {origin}" for name, value, origin in resolved.described()]
+    return f"# {STAGE_NAMES[resolved.stage]}\n" + "\n".join(rows) + "\n"
+
+
+def find_checkpoint(run: Prepared) -> Checkpoint | None:
+    """Where the run continues, or None where it starts; with `resume: never` an older run is moved aside.
+
+    Raises:
+        ValueError: the output holds another run, or something that is none.
+    """
+    output, world = run.output, run.world
+    if run.settings.resume not in ("auto", "never"):
+        checkpoint = read_checkpoint(Path(run.settings.resume))
+        _check_identity(run.identity, checkpoint.identity, str(checkpoint.path))
+        return checkpoint
+    has_run, is_empty = (output / "identity.json").exists(), not (output.exists() and any(output.iterdir()))
+    world.barrier()  # all ranks have looked before any rank writes
+    if is_empty:
+        return None
+    if not has_run:
+        raise ValueError(f"output: {output} holds files of something else; name another --output")
+    if run.settings.resume == "never":
+        aside = output.with_name(f"{output.name}.until-{datetime.now():%Y%m%d-%H%M%S}")
+        if world.is_main:
+            shutil.move(output, aside)
+        world.barrier()
+        world.say(f"the older run in {output} is now in {aside}")
+        return None
+    _check_identity(run.identity, json.loads((output / "identity.json").read_text(encoding="utf-8")), str(output))
+    return None if (output / SUMMARY).exists() else newest_checkpoint(output / "checkpoints")
+
+
+def _check_identity(ours: dict, theirs: dict, where: str) -> None:
+    changed = [
+        f"{name}: {theirs['settings'].get(name)!r} there, {value!r} now"
+        for name, value in ours["settings"].items() if theirs["settings"].get(name) != value
+    ]  # fmt: skip
+    changed += [f"{name}: another one" for name in ours if name != "settings" and theirs.get(name) != ours[name]]
+    if changed:
+        raise ValueError(
+            f"resume: {where} holds another run ({'; '.join(changed)}); give that run's settings, name another --output, "
+            "or start over with --resume never"
+        )
