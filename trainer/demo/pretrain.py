@@ -1,86 +1,67 @@
-"""How the shipped base model was made: it learns to see, read and copy on one core, in a plain loop without DeepSpeed.
+"""Makes the base model that ships in this folder from random weights, with the loop of Stage I.
 
-`python -m mede2.trainer.demo.pretrain FOLDER` repeats it. Imports transformers.
+    python -m mede2.trainer.demo.pretrain --ds ds_configs/z3.json
 """
 
 import json
-import math
-import sys
-import time
+import platform
+import shutil
+from datetime import date
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageTextToText, BatchFeature, ProcessorMixin
+import click
 
-from mede2.trainer.data.processing import load_processor
-from mede2.trainer.demo.model import build_base
-from mede2.trainer.demo.records import Row, write_pretraining
+from mede2.trainer.demo.defaults import BASE_MODEL, FOLDER
+from mede2.trainer.settings import ELICIT, read_recipe, resolve
 
-NUM_ROWS, BATCH_SIZE = 16_000, 32
-NUM_TEXT_STEPS, NUM_STEPS = 300, 1600  # first the rows without pictures: copying is learnt sooner, and far cheaper
-LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-3, 40, 0.01, 1.0
-IGNORE_INDEX = -100
+MODEL_FILES = (
+    "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
 
 
-def pretrain(folder: Path, seed: int = 0) -> Path:
-    """Build a model from random weights, train it on the pretraining rows, and write it to `folder`."""
-    build_base(folder, seed)
-    rows_file = write_pretraining(folder / "records", NUM_ROWS, seed)
-    rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
-    told = [row for row in rows if "images" not in row]
-    processor = load_processor(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine)
-    rng = np.random.default_rng(seed)
-    order: list[Row] = []
-    started = time.monotonic()
-    for step in range(NUM_STEPS):
-        source = told if step < NUM_TEXT_STEPS else rows
-        if len(order) < BATCH_SIZE or step == NUM_TEXT_STEPS:
-            order = [source[i] for i in rng.permutation(len(source))]
-        batch, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
-        inputs, labels = _encode(processor, batch, rows_file.parent)
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{NUM_STEPS}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
-    model.save_pretrained(folder)
-    return folder
+@click.command(help=__doc__)
+@click.option("--ds", required=True, metavar="FILE", help="DeepSpeed file.")
+@click.option("--runs", default="runs/base", show_default=True, help="Folder of the two runs and their records.")
+@click.option("--num-rows", default=16_000, show_default=True, help="Pretraining rows.")
+@click.option("--seed", default=0, show_default=True, help="Of the weights, the rows and their order.")
+@click.option("--ship/--no-ship", default=True, show_default=True, help="Put the model in the package.")
+@click.option("--local_rank", type=int, hidden=True)
+def main(ds: str, runs: str, num_rows: int, seed: int, ship: bool, local_rank: int | None) -> None:
+    from mede2.trainer.demo.model import build_base
+    from mede2.trainer.demo.records import write_pretraining
+    from mede2.trainer.policy import quiet_transformers
+    from mede2.trainer.prepare import SUMMARY
+    from mede2.trainer.run import run_stage
+    from mede2.trainer.world import join_world
 
+    quiet_transformers()
+    world, folder = join_world(), Path(runs)
+    if world.is_main:
+        build_base(folder / "random", seed)
+        every = write_pretraining(folder / "records", num_rows, seed)
+        rows = every.read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "records" / "words.jsonl").write_text("".join(row for row in rows if '"images"' not in row), "utf-8")
+        every.rename(folder / "records" / "pictures.jsonl")
+    world.barrier()
 
-def _cosine(step: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS
-    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (NUM_STEPS - WARMUP_STEPS)))
-
-
-def _encode(processor: ProcessorMixin, rows: list[Row], folder: Path) -> tuple[BatchFeature, torch.Tensor]:
-    """A batch of B rows: the model's inputs, (B, T) tokens padded on the left, and (B, T) labels.
-
-    Only the answers carry labels, each with its end token (the template's last line break is cut off).
-    """
-    prompts, texts = [], []
-    for row in rows:
-        prompts.append(processor.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True))
-        texts.append(processor.apply_chat_template(row["messages"], tokenize=False).removesuffix("\n"))
-    images = [Image.open(folder / name) for row in rows for name in row.get("images", ())]
-    inputs = processor(text=texts, images=images or None, return_tensors="pt", padding=True, padding_side="left")
-    answers = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
-    num_learnt = torch.tensor([len(ids) for ids in processor.tokenizer(answers)["input_ids"]])
-    position = torch.arange(inputs["input_ids"].shape[1])
-    learnt = position >= len(position) - num_learnt[:, None]
-    return inputs, inputs["input_ids"].where(learnt, IGNORE_INDEX)
+    recipe, model, seconds = read_recipe(FOLDER / "pretraining.yaml"), folder / "random", 0.0
+    for part in ("words", "pictures"):
+        inputs = {"model": str(model), "train": [str(folder / "records" / f"{part}.jsonl")], "seed": seed}
+        layers = [("pretraining.yaml", recipe["both"] | recipe[part]), ("pretraining", inputs | {"output": str(folder / part)})]
+        model = run_stage(resolve(ELICIT, layers), ds, world)
+        seconds += json.loads((model / SUMMARY).read_text(encoding="utf-8"))["seconds"]
+    if ship and world.is_main:
+        BASE_MODEL.mkdir(exist_ok=True)
+        for name in MODEL_FILES:
+            shutil.copyfile(model / name, BASE_MODEL / name)
+        made = {
+            "command": f"python -m mede2.trainer.demo.pretrain --ds {ds} --num-rows {num_rows} --seed {seed}",
+            "minutes": round(seconds / 60, 1), "machine": f"{platform.machine()}, {world.size} process",
+            "date": date.today().isoformat(), "settings": recipe,
+        }  # fmt: skip
+        (BASE_MODEL / "made.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    pretrain(Path(sys.argv[1]))
+    main()
