@@ -3,13 +3,15 @@
 A top-level package called `kernels` would shadow the Hugging Face package of that name, which transformers imports.
 """
 
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="mede2",
     version="0.1.0",
     description="Elicit and Enhance: two-stage post-training of medical vision-language models (arXiv 2505.23118)",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

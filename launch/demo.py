@@ -7,7 +7,9 @@ import click
 
 @click.command(help=__doc__)
 @click.option("--runs", default="runs", show_default=True, help="Folder that holds stage1 and stage2.")
-@click.option("--num-cases", default=400, show_default=True, type=click.IntRange(min=1), help="Unseen cases with images.")
+@click.option(
+    "--num-cases", default=400, show_default=True, type=click.IntRange(min=1), help="Unseen cases with images."
+)
 @click.option("--model", "models", multiple=True, metavar="NAME=FOLDER", help="Further models to score.")
 def main(runs: str, num_cases: int, models: tuple[str, ...]) -> None:
     folders = {"Stage I": Path(runs) / "stage1", "Stage II": Path(runs) / "stage2"}

@@ -96,7 +96,9 @@ def fill_deepspeed_config(
     for field, (setting, value) in must_agree.items():
         given = _get(filled, field)
         if given not in ("auto", None) and given != value:
-            raise ValueError(f"--ds: {field} is {given}, but {setting} makes it {value}; write \"auto\" or make them agree")
+            raise ValueError(
+                f'--ds: {field} is {given}, but {setting} makes it {value}; write "auto" or make them agree'
+            )
         _put(filled, field, value)
     for field, value in sizes.items():
         if _get(filled, field) == "auto":
@@ -170,7 +172,11 @@ class Engine:
 
     def __init__(self, policy: Policy, config: dict, world: World, dtype: torch.dtype, optimizer=None):
         if optimizer is None:
-            config = {k: v for k, v in config.items() if k not in ("zero_force_ds_cpu_optimizer", "managed_gradient_accumulation")}
+            config = {
+                k: v
+                for k, v in config.items()
+                if k not in ("zero_force_ds_cpu_optimizer", "managed_gradient_accumulation")
+            }
             if config["zero_optimization"]["stage"] != 3:
                 config = config | {"zero_optimization": {"stage": 0}}
         self.world, self.dtype = world, dtype

@@ -68,7 +68,7 @@ def model_card(title: str, settings: dict, inputs: dict, metrics: dict) -> str:
     figures = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items())
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [medical, mede2]\n---\n\n"
-        f"# {title}\n\nTrained with MedE2, after \"Elicit and Enhance\" (arXiv 2505.23118). "
+        f'# {title}\n\nTrained with MedE2, after "Elicit and Enhance" (arXiv 2505.23118). '
         f"For research; not a medical device.\n\n"
         f"## Inputs\n\n| what | sha256 or name |\n| --- | --- |\n{hashes}\n\n"
         f"## Last metrics of training\n\n| metric | value |\n| --- | --- |\n{figures}\n\n"

@@ -1,4 +1,4 @@
-"""The objectives: pure functions over per-token log-probabilities. All fp32 or wider, all averages over global counts."""
+"""Loss functions: pure, over log-probabilities, in fp32 or wider; every average is over a global count."""
 
 import torch
 import torch.nn.functional as F

@@ -51,8 +51,8 @@ class Metrics:
         self.progress = None
         if console.is_terminal:
             self.progress = Progress(
-                TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"),
-                console=console,
+                TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"), console=console,
             )  # fmt: skip
             self.task = self.progress.add_task(title, total=num_steps, completed=first_step, shown="")
             self.progress.start()

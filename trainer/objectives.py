@@ -1,4 +1,4 @@
-"""What each stage minimizes: from a micro-batch's log-probabilities to this rank's share of the loss and the metrics."""
+"""What each stage minimizes: from a micro-batch's log-probabilities to this rank's share of loss and metrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,9 +47,9 @@ class Enhance:
     def __call__(self, token_logps: Tensor, batch: MicroBatch, totals: Totals) -> tuple[Tensor, Stats]:
         """Arguments and returns as in `elicit`; sequences are the chosen answers, then the rejected ones."""
         num_pairs = len(batch.indices)
-        policy_chosen_logps, policy_rejected_logps = sum_by_sequence(
-            token_logps, batch.sequence, 2 * num_pairs
-        ).split(num_pairs)
+        policy_chosen_logps, policy_rejected_logps = sum_by_sequence(token_logps, batch.sequence, 2 * num_pairs).split(
+            num_pairs
+        )
         reference_chosen_logps, reference_rejected_logps = self.reference[list(batch.indices)].unbind(1)
         losses, chosen_rewards, rejected_rewards = dpo_loss(
             policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,

@@ -190,6 +190,6 @@ def _check_identity(ours: dict, theirs: dict, where: str) -> None:
     changed += [f"{name}: another one" for name in ours if name != "settings" and theirs.get(name) != ours[name]]
     if changed:
         raise ValueError(
-            f"resume: {where} holds another run ({'; '.join(changed)}); give that run's settings, name another --output, "
-            "or start over with --resume never"
+            f"resume: {where} holds another run ({'; '.join(changed)}); give that run's settings, name another "
+            "--output, or start over with --resume never"
         )

@@ -45,7 +45,9 @@ def read_cache(folder: Path, components: dict[str, str], num_examples: int) -> T
     if names := differing(components, made_from):
         raise ValueError(f"reference cache {path}: made from another {', '.join(names)}; delete it to compute it again")
     if len(values) != num_examples or not torch.isfinite(values).all():
-        raise ValueError(f"reference cache {path}: {len(values)} rows for {num_examples}, or some not finite; delete it")
+        raise ValueError(
+            f"reference cache {path}: {len(values)} rows for {num_examples}, or some not finite; delete it"
+        )
     return values
 
 

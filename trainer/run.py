@@ -79,8 +79,10 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         })  # fmt: skip
         for line in closing_summary(rows[0], last) if rows else ():
             world.say(line)
-    world.say(f"done: {run.num_steps} updates, {seconds:.0f} s; model in {output} "
-              f"(loaded again: log-probabilities within {difference:.1e} of the trained ones)")
+    world.say(
+        f"done: {run.num_steps} updates, {seconds:.0f} s; model in {output} "
+        f"(loaded again: log-probabilities within {difference:.1e} of the trained ones)"
+    )
     engine.close()
     return output
 
@@ -115,7 +117,8 @@ def _objectives_and_engine(run: Prepared) -> tuple[Objective, Objective | None, 
     folder = Path(settings.reference_cache or run.output.parent / "reference_cache")
     components = {name: _reference_components(run, batches.dataset) for name, batches in sets.items()}
     found = {
-        name: reference.read_cache(folder, components[name], len(batches.dataset.examples)) for name, batches in sets.items()
+        name: reference.read_cache(folder, components[name], len(batches.dataset.examples))
+        for name, batches in sets.items()
     }
     missing = [name for name, values in found.items() if values is None]
     named = _reference_engine(run) if missing and settings.reference else None

@@ -1,4 +1,4 @@
-"""Typed settings of both stages: flags over recipe over embedded default over defaults, each with where it came from."""
+"""Typed settings of both stages: flags over recipe over defaults, each value with where it came from."""
 
 import dataclasses
 import difflib
@@ -16,11 +16,20 @@ ELICIT, ENHANCE = 1, 2
 STAGE_NAMES = {ELICIT: "Stage I (elicit)", ENHANCE: "Stage II (enhance)"}
 
 
-def _setting(default, help, *, at_least=None, above=None, below=None, at_most=None, choices=None, stage=None, harmless=False):
+def _setting(
+    default, help, *, at_least=None, above=None, below=None, at_most=None, choices=None, stage=None, harmless=False
+):
     """One setting: its default, its help, the values it may take, the only stage it has a meaning in, and whether
     it may differ between a run and its resumption (`harmless`: it changes no update beyond rounding)."""
     metadata = dict(
-        help=help, at_least=at_least, above=above, below=below, at_most=at_most, choices=choices, stage=stage, harmless=harmless
+        help=help,
+        at_least=at_least,
+        above=above,
+        below=below,
+        at_most=at_most,
+        choices=choices,
+        stage=stage,
+        harmless=harmless,
     )
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
@@ -31,8 +40,11 @@ def _setting(default, help, *, at_least=None, above=None, below=None, at_most=No
 class Settings:
     """Every setting of a run. Units are in the names or in the help; `None` means "not set"."""
 
-    model: str | None = _setting(None, "Model folder or hub name; unset: the small model that ships with MedE2 "
-                                       "(Stage II: what Stage I wrote beside --output).")
+    model: str | None = _setting(
+        None,
+        "Model folder or hub name; unset: the small model that ships with MedE2 "
+        "(Stage II: what Stage I wrote beside --output).",
+    )
     train: tuple[str, ...] = _setting((), "Training records, jsonl; unset: the embedded case set.")
     eval: str | None = _setting(None, "Held-out records, jsonl, in the form of the training records.")
     output: str | None = _setting(None, "Folder that the run writes; unset: runs/stage1 or runs/stage2.", harmless=True)
@@ -41,57 +53,101 @@ class Settings:
     learning_rate: float = _setting(1e-5, "Peak learning rate.", above=0)
     beta: float = _setting(0.1, "DPO's inverse temperature.", above=0, stage=ENHANCE)
     global_batch_size: int = _setting(16, "Examples (Stage II: pairs) per update, over all ranks.", at_least=1)
-    micro_batch_size: int = _setting(1, "Examples (Stage II: pairs) per forward on one rank.", at_least=1, harmless=True)
-    max_pixels: int | None = _setting(None, "Largest image, pixels; unset: what the model's processor says.", at_least=1)
-    max_length: int = _setting(4096, "Longest sequence, tokens, image tokens counted; longer rows are refused.", at_least=8)
-    seed: int = _setting(0, "Seed of the data order and of every random number generator.", at_least=0, at_most=2**63 - 1)
+    micro_batch_size: int = _setting(
+        1, "Examples (Stage II: pairs) per forward on one rank.", at_least=1, harmless=True
+    )
+    max_pixels: int | None = _setting(
+        None, "Largest image, pixels; unset: what the model's processor says.", at_least=1
+    )
+    max_length: int = _setting(
+        4096, "Longest sequence, tokens, image tokens counted; longer rows are refused.", at_least=8
+    )
+    seed: int = _setting(
+        0, "Seed of the data order and of every random number generator.", at_least=0, at_most=2**63 - 1
+    )
     save_every: int = _setting(0, "Checkpoint every so many updates (0: only at the end).", at_least=0, harmless=True)
     eval_every: int = _setting(0, "Evaluate every so many updates (0: only at the end).", at_least=0, harmless=True)
-    resume: str = _setting("auto", "auto: continue the newest complete checkpoint; never: start over (an older run is "
-                                   "moved aside); PATH: continue that checkpoint.", harmless=True)
+    resume: str = _setting(
+        "auto",
+        "auto: continue the newest complete checkpoint; never: start over (an older run is "
+        "moved aside); PATH: continue that checkpoint.",
+        harmless=True,
+    )
     dry_run: bool = _setting(False, "Check settings and data, print what would run, train nothing.", harmless=True)
 
-    nll_weight: float = _setting(1.0, "Weight of the NLL on the chosen answers (reasoning-path supervision); 0: pure DPO.",
-                                 at_least=0, stage=ENHANCE)
-    label_smoothing: float = _setting(0.0, "Probability that a preference label is flipped (conservative DPO).",
-                                      at_least=0, below=0.5, stage=ENHANCE)
-    reference: str | None = _setting(None, "Reference model, folder or hub name; unset: the starting policy.", stage=ENHANCE)
-    reference_cache: str | None = _setting(None, "Folder of cached reference log-probabilities; unset: "
-                                                 "reference_cache beside the output.", stage=ENHANCE, harmless=True)
-    optimizer: str = _setting("adamw", "adamw: torch; adamw_8bit: bitsandbytes; cpu_adam: DeepSpeed's, for offload.",
-                              choices=("adamw", "adamw_8bit", "cpu_adam"))
+    nll_weight: float = _setting(
+        1.0,
+        "Weight of the NLL on the chosen answers (reasoning-path supervision); 0: pure DPO.",
+        at_least=0,
+        stage=ENHANCE,
+    )
+    label_smoothing: float = _setting(
+        0.0, "Probability that a preference label is flipped (conservative DPO).", at_least=0, below=0.5, stage=ENHANCE
+    )
+    reference: str | None = _setting(
+        None, "Reference model, folder or hub name; unset: the starting policy.", stage=ENHANCE
+    )
+    reference_cache: str | None = _setting(
+        None,
+        "Folder of cached reference log-probabilities; unset: reference_cache beside the output.",
+        stage=ENHANCE,
+        harmless=True,
+    )
+    optimizer: str = _setting(
+        "adamw",
+        "adamw: torch; adamw_8bit: bitsandbytes; cpu_adam: DeepSpeed's, for offload.",
+        choices=("adamw", "adamw_8bit", "cpu_adam"),
+    )
     adam_beta1: float = _setting(0.9, "Adam's first decay rate.", at_least=0, below=1)
     adam_beta2: float = _setting(0.95, "Adam's second decay rate.", at_least=0, below=1)
     adam_epsilon: float = _setting(1e-8, "Adam's epsilon.", above=0)
     weight_decay: float = _setting(0.0, "Decoupled weight decay; norms and biases are exempt.", at_least=0)
     max_grad_norm: float = _setting(1.0, "Gradient norm above which gradients are scaled down (0: never).", at_least=0)
     scheduler: str = _setting("cosine", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant"))
-    warmup_ratio: float = _setting(0.05, "Share of the updates in which the learning rate rises.", at_least=0, at_most=1)
-    final_lr_ratio: float = _setting(0.1, "Learning rate of the last update, as a share of the peak.", at_least=0, at_most=1)
-    dtype: str = _setting("auto", "Weights and activations; auto: bf16 on a GPU that has it, else fp32.",
-                          choices=("auto", "fp32", "bf16"))
-    attention: str = _setting("sdpa", "Attention implementation of transformers.",
-                              choices=("sdpa", "eager", "flash_attention_2"))
-    logps: str = _setting("auto", "Implementation of the log-probability operation.", choices=("auto", "torch", "reference"))
-    activation_checkpointing: bool = _setting(False, "Recompute activations in backward instead of keeping them.", harmless=True)
+    warmup_ratio: float = _setting(
+        0.05, "Share of the updates in which the learning rate rises.", at_least=0, at_most=1
+    )
+    final_lr_ratio: float = _setting(
+        0.1, "Learning rate of the last update, as a share of the peak.", at_least=0, at_most=1
+    )
+    dtype: str = _setting(
+        "auto", "Weights and activations; auto: bf16 on a GPU that has it, else fp32.", choices=("auto", "fp32", "bf16")
+    )
+    attention: str = _setting(
+        "sdpa", "Attention implementation of transformers.", choices=("sdpa", "eager", "flash_attention_2")
+    )
+    logps: str = _setting(
+        "auto", "Implementation of the log-probability operation.", choices=("auto", "torch", "reference")
+    )
+    activation_checkpointing: bool = _setting(
+        False, "Recompute activations in backward instead of keeping them.", harmless=True
+    )
     train_language_model: bool = _setting(True, "Train the language model and its head.")
     train_vision_tower: bool = _setting(False, "Train the vision tower.")
     train_merger: bool = _setting(False, "Train the merger between vision tower and language model.")
-    grey_window: tuple[float, float] | None = _setting(None, "Low and high intensity of 16-bit grey images, shown as black and "
-                                                             "white; unset: such images are refused.")
-    on_bad_row: str = _setting("stop", "stop: list unusable rows and stop; skip: leave them out and write the list.",
-                               choices=("stop", "skip"))
+    grey_window: tuple[float, float] | None = _setting(
+        None, "Low and high intensity of 16-bit grey images, shown as black and white; unset: such images are refused."
+    )
+    on_bad_row: str = _setting(
+        "stop", "stop: list unusable rows and stop; skip: leave them out and write the list.", choices=("stop", "skip")
+    )
 
     def __post_init__(self):
         for item in fields(self):
             _check_value(item, getattr(self, item.name))
         if self.grey_window is not None and self.grey_window[0] >= self.grey_window[1]:
-            raise ValueError(f"grey_window: the low end {self.grey_window[0]} must be below the high end {self.grey_window[1]}")
+            raise ValueError(
+                f"grey_window: the low end {self.grey_window[0]} must be below the high end {self.grey_window[1]}"
+            )
         if not (self.train_language_model or self.train_vision_tower or self.train_merger):
-            raise ValueError("train_language_model, train_vision_tower and train_merger are all false: nothing would train")
+            raise ValueError(
+                "train_language_model, train_vision_tower and train_merger are all false: nothing would train"
+            )
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
 
 
 FIELDS = {item.name: item for item in fields(Settings)}
@@ -157,7 +213,9 @@ def _describe(kind) -> str:
     if kind in names:
         return names[kind]
     inner = typing.get_args(kind)
-    return f"a list of {'texts' if inner[0] is str else 'numbers'}" + ("" if inner[-1] is Ellipsis else f" of length {len(inner)}")
+    return f"a list of {'texts' if inner[0] is str else 'numbers'}" + (
+        "" if inner[-1] is Ellipsis else f" of length {len(inner)}"
+    )
 
 
 def _check_known(name: str, stage: int, source: str) -> None:
@@ -217,7 +275,9 @@ class Resolved:
 
     def replaced(self, origin: str, **values) -> "Resolved":
         """The same with some values computed later (`model: demo` resolved to a folder), and their origin."""
-        return Resolved(self.stage, dataclasses.replace(self.settings, **values), {**self.origins, **dict.fromkeys(values, origin)})
+        return Resolved(
+            self.stage, dataclasses.replace(self.settings, **values), {**self.origins, **dict.fromkeys(values, origin)}
+        )
 
 
 def resolve(stage: int, layers: typing.Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
@@ -247,8 +307,8 @@ class BatchArithmetic:
         per_forward = self.micro_batch_size * self.world_size
         if self.global_batch_size % per_forward:
             raise ValueError(
-                f"global_batch_size: {self.global_batch_size} is not micro_batch_size {self.micro_batch_size} x accumulation x "
-                f"{self.world_size} ranks; choose a multiple of {per_forward}, or another micro_batch_size"
+                f"global_batch_size: {self.global_batch_size} is not micro_batch_size {self.micro_batch_size} x "
+                f"accumulation x {self.world_size} ranks; choose a multiple of {per_forward}"
             )
 
     @property
@@ -257,8 +317,8 @@ class BatchArithmetic:
 
     def __str__(self) -> str:
         return (
-            f"global batch {self.global_batch_size} = micro-batch {self.micro_batch_size} x accumulation {self.grad_accum_steps}"
-            f" x {self.world_size} rank{'s' if self.world_size > 1 else ''}"
+            f"global batch {self.global_batch_size} = micro-batch {self.micro_batch_size} x "
+            f"accumulation {self.grad_accum_steps} x {self.world_size} rank{'s' if self.world_size > 1 else ''}"
         )
 
 

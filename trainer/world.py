@@ -35,7 +35,9 @@ class World:
 
     def sum(self, values: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Sums over ranks of named scalars, in one fp64 reduction. All ranks pass the same names."""
-        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values.values()])
+        total = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values.values()]
+        )
         torch.distributed.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 

@@ -12,7 +12,11 @@ BIN = Path(sys.executable).parent
 
 
 def environment(**extra: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_SIZE")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_SIZE")
+    }
     return env | {"HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{env['PATH']}"} | extra
 
 
@@ -51,4 +55,7 @@ def records(tmp_path_factory) -> dict[str, str]:
     from mede2.trainer.demo.records import write_stage1, write_stage2
 
     folder = tmp_path_factory.mktemp("records")
-    return {"stage1": str(write_stage1(folder / "1", 40, seed=5)), "stage2": str(write_stage2(folder / "2", 20, seed=5))}
+    return {
+        "stage1": str(write_stage1(folder / "1", 40, seed=5)),
+        "stage2": str(write_stage2(folder / "2", 20, seed=5)),
+    }

@@ -30,7 +30,8 @@ def stage1(tmp_path_factory, records, run) -> Path:
 
 def stage2_command(stage1: Path, records: dict, output: Path) -> tuple[str, ...]:
     return (
-        "launch/stage2.py", "--ds", DS, "--model", str(stage1), "--train", records["stage2"], "--eval", records["stage2"],
+        "launch/stage2.py", "--ds", DS, "--model", str(stage1), "--train", records["stage2"],
+        "--eval", records["stage2"],
         "--output", str(output), "--epochs", "3", "--save-every", "2", "--eval-every", "4", *SMALL,
     )  # fmt: skip
 
@@ -63,7 +64,14 @@ def test_stage2_reports_rewards_and_starts_at_log_two(stage2):
     assert first["loss/preference"] == pytest.approx(0.6931471805599453, abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert last["eval/rewards/margins"] > 0
-    assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "grad_norm", "tokens_per_s", "step_ms"} <= last.keys()
+    assert {
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "grad_norm",
+        "tokens_per_s",
+        "step_ms",
+    } <= last.keys()
 
 
 def test_the_same_command_again_finds_the_run_done(stage1, records, run):
@@ -73,8 +81,8 @@ def test_the_same_command_again_finds_the_run_done(stage1, records, run):
 
 def test_other_settings_in_the_same_output_are_refused_by_name(stage1, records, run):
     done = run(
-        "python", "launch/stage1.py", "--ds", DS, "--train", records["stage1"], "--output", str(stage1), *SMALL, "--seed", "3",
-        check=False,
+        "python", "launch/stage1.py", "--ds", DS, "--train", records["stage1"], "--output", str(stage1), *SMALL,
+        "--seed", "3", check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "seed: 0 there, 3 now" in done.stderr
@@ -109,5 +117,3 @@ def test_killed_at_a_random_moment_it_continues_as_if_nothing_had_happened(stage
     done = run("deepspeed", *command, *cache, LOCAL_SIZE="2")
     assert f"found in {stage1.parent / 'reference_cache'}" in done.stdout
     assert losses(output) == losses(stage2), f"killed after step {wanted}"
-
-

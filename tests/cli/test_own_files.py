@@ -15,14 +15,27 @@ DATA = "MEDE2_DATA"  # names a folder of question files to try as well
 
 def convert(run, folder: Path, questions: Path) -> tuple[str, str]:
     """Run the README's conversion."""
-    (folder / "convert.py").write_text(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1])
+    (folder / "convert.py").write_text(
+        re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    )
     outputs = str(folder / "demos.jsonl"), str(folder / "pairs.jsonl")
     run("python", str(folder / "convert.py"), str(questions), *outputs)
     return outputs
 
 
 def train_both(run, folder: Path, demos: str, pairs: str) -> dict:
-    common = ("--ds", "ds_configs/z3.json", "--global-batch-size", "4", "--epochs", "2", "--max-steps", "2", "--max-length", "8192")
+    common = (
+        "--ds",
+        "ds_configs/z3.json",
+        "--global-batch-size",
+        "4",
+        "--epochs",
+        "2",
+        "--max-steps",
+        "2",
+        "--max-length",
+        "8192",
+    )
     run("python", "launch/stage1.py", *common, "--train", demos, "--output", str(folder / "stage1"))
     run("python", "launch/stage2.py", *common, "--train", pairs, "--output", str(folder / "stage2"))
     return json.loads((folder / "stage2" / "summary.json").read_text())

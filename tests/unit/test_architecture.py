@@ -53,10 +53,11 @@ def test_no_file_shadows_a_package():
 
 
 def test_a_model_loads_with_the_repository_root_on_the_path(model_folder):
-    """As under DeepSpeed's multi-node runner, which puts the working folder on PYTHONPATH."""
+    """As under DeepSpeed's multi-node runner, which puts the working folder on PYTHONPATH. With a `kernels/__init__.py`
+    transformers would run our folder in place of Hugging Face's package."""
     code = (
         "import sys, mede2.kernels.logps; from transformers import AutoModelForImageTextToText as model;"
-        "model.from_pretrained(sys.argv[1])"
+        "model.from_pretrained(sys.argv[1]); print(getattr(sys.modules.get('kernels'), '__file__', None))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -64,3 +65,4 @@ def test_a_model_loads_with_the_repository_root_on_the_path(model_folder):
         timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    assert not done.stdout.strip().startswith(str(ROOT)), f"transformers imported {done.stdout.strip()}"

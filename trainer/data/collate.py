@@ -40,7 +40,9 @@ class MicroBatch:
             name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
             for name, tensor in self.inputs.items()
         }
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.rows, self.targets, self.sequence, self.weights))
+        moved = (
+            tensor.to(device, non_blocking=True) for tensor in (self.rows, self.targets, self.sequence, self.weights)
+        )
         return MicroBatch(inputs, *moved, self.indices, self.sources)
 
 

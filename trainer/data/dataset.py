@@ -73,7 +73,8 @@ def load_dataset(files: tuple[str, ...], stage: int, encoder: Encoder, on_bad_ro
         listed = "\n".join(f"  {bad['source']}: {bad['problem']}" for bad in bad_rows[:LISTED])
         more = f"\n  ... and {len(bad_rows) - LISTED} more" if len(bad_rows) > LISTED else ""
         raise ValueError(
-            f"{len(bad_rows)} of {len(rows)} rows cannot be used (--set on_bad_row=skip leaves them out):\n{listed}{more}"
+            f"{len(bad_rows)} of {len(rows)} rows cannot be used "
+            f"(--set on_bad_row=skip leaves them out):\n{listed}{more}"
         )
     if not examples:
         raise ValueError(f"no rows in {', '.join(files)}")

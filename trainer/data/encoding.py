@@ -60,7 +60,8 @@ class Encoder:
     def __init__(self, processor, max_length: int, grey_window: Window = None):
         self.processor, self.max_length, self.grey_window = processor, max_length, grey_window
         self.special_tokens = [
-            token.content for token in processor.tokenizer.added_tokens_decoder.values()
+            token.content
+            for token in processor.tokenizer.added_tokens_decoder.values()
             if token.special or token.content.startswith("<|")
         ]  # control tokens, not words such as <think> that answers are made of
         self.end = processor.tokenizer.eos_token
@@ -87,8 +88,8 @@ class Encoder:
             if len(sequence) > self.max_length:
                 raise BadRow(
                     record.source,
-                    f"{len(sequence)} tokens ({int((sequence.mm_token_type_ids > 0).sum())} of images) exceed max_length "
-                    f"{self.max_length}; the answer would be cut. Raise --max-length or lower --max-pixels",
+                    f"{len(sequence)} tokens ({int((sequence.mm_token_type_ids > 0).sum())} of images) exceed "
+                    f"max_length {self.max_length}; the answer would be cut. Raise --max-length or lower --max-pixels",
                 )
         return Example(record.source, tuple(sequences), tuple(map(str, record.images)), self._digest(record, sequences))
 
@@ -109,7 +110,9 @@ class Encoder:
                 head = self._render(conversation[:position], add_generation_prompt=True)
                 full = self._render(conversation[: position + 1], add_generation_prompt=False)
                 if not (head.startswith(done) and full.startswith(head)):
-                    raise BadRow(source, "the model's chat template rewrites earlier turns, so answers cannot be told apart")
+                    raise BadRow(
+                        source, "the model's chat template rewrites earlier turns, so answers cannot be told apart"
+                    )
                 answer, end, _ = full[len(head) :].partition(self.end)
                 if not end:
                     raise BadRow(source, f"the model's chat template ends the assistant's turn without {self.end}")

@@ -24,7 +24,9 @@ def load_image(path: Path, grey_window: Window = None) -> Image.Image:
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"image {path}: {image.n_frames} frames; save the one to be used")
             if not image.mode.startswith("I") and any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):
-                raise ValueError(f"image {path}: 16 bits in each of several channels; save it with 8, or as 16-bit grey")
+                raise ValueError(
+                    f"image {path}: 16 bits in each of several channels; save it with 8, or as 16-bit grey"
+                )
             image.load()
             upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
@@ -51,7 +53,8 @@ def _windowed(image: Image.Image, path: Path, grey_window: Window) -> Image.Imag
         )
     if low < grey_window[0] or high > grey_window[1]:
         raise ValueError(
-            f"image {path}: intensities {low:g}..{high:g} outside grey_window {grey_window[0]:g}..{grey_window[1]:g} would be clipped"
+            f"image {path}: intensities {low:g}..{high:g} outside grey_window "
+            f"{grey_window[0]:g}..{grey_window[1]:g} would be clipped"
         )
     scaled = (pixels - grey_window[0]) / (grey_window[1] - grey_window[0]) * 255
     return Image.fromarray(np.rint(scaled).astype(np.uint8), mode="L")

@@ -72,10 +72,14 @@ def load_processor(model: Path, max_pixels: int | None = None):
     if max_pixels is not None:
         size = processor.image_processor.size
         if size.get("longest_edge") is None or size.get("shortest_edge") is None:
-            raise ValueError(f"max_pixels: the image processor of {model} has no pixel limit (its size is {dict(size)})")
+            raise ValueError(
+                f"max_pixels: the image processor of {model} has no pixel limit (its size is {dict(size)})"
+            )
         if max_pixels < size["shortest_edge"]:
             raise ValueError(f"max_pixels: {max_pixels} is below the least that {model} takes, {size['shortest_edge']}")
-        processor = _image_only(base).from_pretrained(model, size={"shortest_edge": size["shortest_edge"], "longest_edge": max_pixels})
+        processor = _image_only(base).from_pretrained(
+            model, size={"shortest_edge": size["shortest_edge"], "longest_edge": max_pixels}
+        )
     return processor
 
 

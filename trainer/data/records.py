@@ -101,7 +101,10 @@ def parse_record(line: str, source: str, folder: Path, stage: int) -> Record:
         raise BadRow(source, f"{', '.join(unknown)}: unknown; put what is not for training under `meta`")
     meta, images = row.get("meta", {}), row.get("images", [])
     check(meta is None or isinstance(meta, dict), f"meta: a JSON object, not {type(meta).__name__}")
-    check(isinstance(images, list) and all(isinstance(image, str) and image for image in images), "images: a list of paths")
+    check(
+        isinstance(images, list) and all(isinstance(image, str) and image for image in images),
+        "images: a list of paths",
+    )
 
     if stage == ELICIT:
         messages = _messages(source, "messages", row["messages"])
@@ -158,7 +161,9 @@ def _content(source: str, where: str, role: str, content: Any) -> list[dict]:
                 continue
             raise BadRow(source, f"{where}: an image in a message of the {role}; images belong to the user's")
         raise BadRow(
-            source, f'{where}: a part is {{"type": "text", "text": ...}} or {{"type": "image"}} (paths go to `images`), not {part!r:.60}'
+            source,
+            f'{where}: a part is {{"type": "text", "text": ...}} or {{"type": "image"}} (paths go to `images`), '
+            f"not {part!r:.60}",
         )
     if not any(part["type"] == "image" or part["text"].strip() for part in parts):
         raise BadRow(source, f"{where}: empty")

@@ -52,6 +52,5 @@ class Sampler:
         """The slots of update `step` that fall to `rank`, one list per micro-batch."""
         slots, micro = self.global_batch(step), self.batch.micro_batch_size
         return [
-            slots[start : start + micro]
-            for start in range(rank * micro, len(slots), micro * self.batch.world_size)
+            slots[start : start + micro] for start in range(rank * micro, len(slots), micro * self.batch.world_size)
         ]

@@ -1,6 +1,6 @@
 """Makes the base model that ships in this folder from random weights, with the loop of Stage I.
 
-    python -m mede2.trainer.demo.pretrain --ds ds_configs/z3.json
+python -m mede2.trainer.demo.pretrain --ds ds_configs/z3.json
 """
 
 import json
@@ -48,7 +48,8 @@ def main(ds: str, runs: str, num_rows: int, seed: int, ship: bool, local_rank: i
     recipe, model, seconds = read_recipe(FOLDER / "pretraining.yaml"), folder / "random", 0.0
     for part in ("words", "pictures"):
         inputs = {"model": str(model), "train": [str(folder / "records" / f"{part}.jsonl")], "seed": seed}
-        layers = [("pretraining.yaml", recipe["both"] | recipe[part]), ("pretraining", inputs | {"output": str(folder / part)})]
+        inputs["output"] = str(folder / part)
+        layers = [("pretraining.yaml", recipe["both"] | recipe[part]), ("pretraining", inputs)]
         model = run_stage(resolve(ELICIT, layers), ds, world)
         seconds += json.loads((model / SUMMARY).read_text(encoding="utf-8"))["seconds"]
     if ship and world.is_main:

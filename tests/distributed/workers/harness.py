@@ -1,7 +1,9 @@
 """What every worker shares: joining the ranks, building an engine from settings, and one result file per rank."""
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -31,6 +33,8 @@ def main(scenarios: dict[str, Callable[[World, dict], object]]) -> None:
 
     The job file holds {"scenarios": [names], "results": folder, ...}; a scenario gets the world and the whole job.
     """
+    pr_set_pdeathsig = 1  # of prctl(2): a pytest that is killed takes its workers with it
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     quiet_transformers()
