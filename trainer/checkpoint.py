@@ -45,18 +45,21 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, identity: dict[str,
     """Write the state after `step` updates: weights, optimizer, and every rank's random number generators."""
     world, final = engine.world, folder / f"step-{step:06d}"
     partial = folder / f".{final.name}.partial"
-    if world.is_main:
+
+    def make_room() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-    world.barrier()
-    engine.deepspeed.save_checkpoint(folder, tag=partial.name, save_latest=False)
-    save_file(_generator_states(), partial / _generator_file(world.rank))
-    world.barrier()
-    if world.is_main:
+
+    def complete() -> None:
         write_json(partial / MARKER, {"step": step, "world_size": world.size, "identity": identity})
         shutil.rmtree(final, ignore_errors=True)  # of an earlier run through the same step
         os.rename(partial, final)
-    world.barrier()
+
+    world.on_main(make_room)
+    engine.deepspeed.save_checkpoint(folder, tag=partial.name, save_latest=False)
+    save_file(_generator_states(), partial / _generator_file(world.rank))
+    world.barrier()  # all ranks have written
+    world.on_main(complete)
     return final
 
 

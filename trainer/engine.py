@@ -97,7 +97,7 @@ def fill_deepspeed_config(
         given = _get(filled, field)
         if given not in ("auto", None) and given != value:
             raise ValueError(
-                f'--ds: {field} is {given}, but {setting} makes it {value}; write "auto" or make them agree'
+                f'--ds: {field} is {given}, but must be {value} by {setting}; write "auto" or make them agree'
             )
         _put(filled, field, value)
     for field, value in sizes.items():

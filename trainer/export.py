@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from mede2.trainer.data.processing import save_processor
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import write_text
+from mede2.trainer.world import World
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # largest difference of a token's log-probability
 
@@ -26,7 +27,8 @@ def export(engine: Engine, source: Path, folder: Path, max_pixels: int | None, c
         card: text of the model card.
     """
     state = engine.state_dict()
-    if engine.world.is_main:
+
+    def write() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with torch.device("meta"):
@@ -36,7 +38,8 @@ def export(engine: Engine, source: Path, folder: Path, max_pixels: int | None, c
         shell.save_pretrained(folder, state_dict=state)
         save_processor(source, folder, max_pixels)
         write_text(folder / "README.md", card)
-    engine.world.barrier()
+
+    engine.world.on_main(write)
 
 
 def publish(partial: Path, output: Path) -> None:
@@ -46,13 +49,13 @@ def publish(partial: Path, output: Path) -> None:
     partial.rmdir()
 
 
-def compare(of_engine: torch.Tensor, of_export: torch.Tensor, dtype: torch.dtype) -> float:
-    """Largest difference between the per-token log-probabilities of the engine and of the exported model.
+def compare(of_engine: torch.Tensor, of_export: torch.Tensor, dtype: torch.dtype, world: World) -> float:
+    """Largest difference, over all ranks, of the log-probabilities (N,) of the engine and of the exported model.
 
     Raises:
-        RuntimeError: it exceeds the tolerance of the dtype.
+        RuntimeError: on every rank, if it exceeds the tolerance of the dtype.
     """
-    difference = float((of_engine - of_export).abs().max()) if of_engine.numel() else 0.0
+    difference = max(world.gather(float((of_engine - of_export).abs().max()) if of_engine.numel() else 0.0))
     if not difference <= TOLERANCE[dtype]:
         raise RuntimeError(
             f"the exported model does not answer as the trained one: log-probabilities differ by {difference:.2e} "

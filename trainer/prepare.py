@@ -74,12 +74,11 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
         resolved = resolved.replaced("embedded default", model=str(defaults.BASE_MODEL))
     if not resolved.settings.train:
         folder = output.parent / "demo_records" / f"stage{resolved.stage}"
-        if world.is_main:
-            defaults.write_records(resolved.stage, folder)
-        world.barrier()
-        files = {"train": (str(folder / "train" / f"stage{resolved.stage}.jsonl"),)}
+        stage = resolved.stage
+        train_file, eval_file = world.on_main(lambda: defaults.write_records(stage, folder))
+        files = {"train": (str(train_file),)}
         if resolved.settings.eval is None:
-            files["eval"] = str(folder / "eval" / f"stage{resolved.stage}.jsonl")
+            files["eval"] = str(eval_file)
         resolved = resolved.replaced("embedded default", **files)
     resolved = resolved.replaced(resolved.origins["output"], output=str(output))
     settings = resolved.settings
@@ -157,26 +156,25 @@ def settings_yaml(resolved: Resolved) -> str:
 def find_checkpoint(run: Prepared) -> Checkpoint | None:
     """Where the run continues, or None where it starts; with `resume: never` an older run is moved aside.
 
+    Call it on rank 0 alone, by `World.on_main`.
+
     Raises:
         ValueError: the output holds another run, or something that is none.
     """
-    output, world = run.output, run.world
-    if run.settings.resume not in ("auto", "never"):
-        checkpoint = read_checkpoint(Path(run.settings.resume))
+    output, resume = run.output, run.settings.resume
+    is_empty = not (output.exists() and any(output.iterdir()))
+    if not is_empty and not (output / "identity.json").exists():
+        raise ValueError(f"output: {output} holds files of something else; name another --output")
+    if resume not in ("auto", "never"):
+        checkpoint = read_checkpoint(Path(resume))
         _check_identity(run.identity, checkpoint.identity, str(checkpoint.path))
         return checkpoint
-    has_run, is_empty = (output / "identity.json").exists(), not (output.exists() and any(output.iterdir()))
-    world.barrier()  # all ranks have looked before any rank writes
     if is_empty:
         return None
-    if not has_run:
-        raise ValueError(f"output: {output} holds files of something else; name another --output")
-    if run.settings.resume == "never":
+    if resume == "never":
         aside = output.with_name(f"{output.name}.until-{datetime.now():%Y%m%d-%H%M%S}")
-        if world.is_main:
-            shutil.move(output, aside)
-        world.barrier()
-        world.say(f"the older run in {output} is now in {aside}")
+        shutil.move(output, aside)
+        run.world.say(f"the older run in {output} is now in {aside}")
         return None
     _check_identity(run.identity, json.loads((output / "identity.json").read_text(encoding="utf-8")), str(output))
     return None if (output / SUMMARY).exists() else newest_checkpoint(output / "checkpoints")

@@ -13,7 +13,6 @@ from torch import Tensor
 from mede2.trainer.data.dataset import Batches
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import hash_json
-from mede2.trainer.world import World
 
 TENSOR = "answer_logps"
 
@@ -44,10 +43,10 @@ def read_cache(folder: Path, components: dict[str, str], num_examples: int) -> T
         raise ValueError(f"reference cache {path}: damaged ({error}); delete it to compute it again") from error
     if names := differing(components, made_from):
         raise ValueError(f"reference cache {path}: made from another {', '.join(names)}; delete it to compute it again")
-    if len(values) != num_examples or not torch.isfinite(values).all():
-        raise ValueError(
-            f"reference cache {path}: {len(values)} rows for {num_examples}, or some not finite; delete it"
-        )
+    if len(values) != num_examples:
+        raise ValueError(f"reference cache {path}: {len(values)} rows for {num_examples} records; delete it")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"reference cache {path}: values that are not finite; delete it to compute it again")
     return values
 
 
@@ -82,15 +81,12 @@ def compute(engine: Engine, batches: Batches, folder: Path, components: dict[str
     if not torch.isfinite(values).all():
         bad = [batches.dataset.examples[i].source for i in (~torch.isfinite(values).all(1)).nonzero()[:, 0].tolist()]
         raise ValueError(f"the reference log-probabilities of {', '.join(bad[:5])} are not finite")
-    _write_cache(values, folder, components, engine.world)
+    engine.world.on_main(lambda: _write_cache(values, cache_path(folder, components), components))
     return values
 
 
-def _write_cache(values: Tensor, folder: Path, components: dict[str, str], world: World) -> None:
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = cache_path(folder, components)
-        beside = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({TENSOR: values}, beside, metadata={"components": json.dumps(components)})
-        os.replace(beside, path)
-    world.barrier()
+def _write_cache(values: Tensor, path: Path, components: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({TENSOR: values}, beside, metadata={"components": json.dumps(components)})
+    os.replace(beside, path)

@@ -47,16 +47,11 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     if run.settings.dry_run:
         world.say("dry run: nothing was trained")
         return None
-    checkpoint = find_checkpoint(run)
-    if checkpoint is None and (output / SUMMARY).exists():
+    checkpoint = world.on_main(lambda: find_checkpoint(run))
+    if checkpoint is None and world.on_main((output / SUMMARY).exists):
         world.say(f"{output} holds this very run, done; --resume never runs it again")
         return output
-    if world.is_main:
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "settings.yaml", settings_yaml(run.resolved))
-        write_json(output / "identity.json", run.identity)
-        if run.train.dataset.bad_rows:
-            world.say(f"skipped rows are listed in {write_bad_rows(run.train.dataset, output)}")
+    world.on_main(lambda: _write_inputs(run))
     torch.manual_seed(run.settings.seed)
 
     objective, held_out_objective, engine = _objectives_and_engine(run)
@@ -66,19 +61,18 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         first_step = checkpoint.step
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
     _train(run, engine, objective, held_out_objective, first_step)
-    world.barrier()  # the last row of metrics is written
-    rows = read_metrics(output / "metrics.jsonl")
+    rows = world.on_main(lambda: read_metrics(output / "metrics.jsonl"))
     last = rows[-1] if rows else {}  # none where a finished checkpoint continues in a new output
     difference = _export(run, engine, last)
     seconds = time.perf_counter() - started
-    if world.is_main:
-        write_json(output / SUMMARY, {
-            "stage": run.stage, "updates": run.num_steps, "world_size": world.size, "seconds": round(seconds, 1),
-            "metrics": last, "export_logps_difference": difference,
-            "finished": datetime.now().isoformat(timespec="seconds"),
-        })  # fmt: skip
-        for line in closing_summary(rows[0], last) if rows else ():
-            world.say(line)
+    summary = {
+        "stage": run.stage, "updates": run.num_steps, "world_size": world.size, "seconds": round(seconds, 1),
+        "metrics": last, "export_logps_difference": difference,
+        "finished": datetime.now().isoformat(timespec="seconds"),
+    }  # fmt: skip
+    world.on_main(lambda: write_json(output / SUMMARY, summary))
+    for line in closing_summary(rows[0], last) if rows else ():
+        world.say(line)
     world.say(
         f"done: {run.num_steps} updates, {seconds:.0f} s; model in {output} "
         f"(loaded again: log-probabilities within {difference:.1e} of the trained ones)"
@@ -90,7 +84,7 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
 def _start_from_stage1(resolved: Resolved, deepspeed_file: str, output: Path, world: World) -> Resolved:
     """Stage II without --model starts from the Stage I beside its output; if there is none, that runs first."""
     stage1 = output.parent / "stage1"
-    if not (stage1 / SUMMARY).exists():
+    if not world.on_main((stage1 / SUMMARY).exists):
         world.say(f"no --model and no finished Stage I in {stage1}: running Stage I first, with its embedded default")
         layers = [("embedded default", defaults.recipe(ELICIT)), ("Stage II's flag", {"output": str(stage1)})]
         if resolved.settings.dry_run:
@@ -99,6 +93,14 @@ def _start_from_stage1(resolved: Resolved, deepspeed_file: str, output: Path, wo
         if resolved.settings.dry_run:
             return resolved.replaced("embedded default (a dry run trains no Stage I)", model=str(defaults.BASE_MODEL))
     return resolved.replaced("Stage I beside the output", model=str(stage1))
+
+
+def _write_inputs(run: Prepared) -> None:
+    run.output.mkdir(parents=True, exist_ok=True)
+    write_text(run.output / "settings.yaml", settings_yaml(run.resolved))
+    write_json(run.output / "identity.json", run.identity)
+    if run.train.dataset.bad_rows:
+        run.world.say(f"skipped rows are listed in {write_bad_rows(run.train.dataset, run.output)}")
 
 
 def closing_summary(first: dict[str, float], last: dict[str, float]) -> list[str]:
@@ -116,10 +118,10 @@ def _objectives_and_engine(run: Prepared) -> tuple[Objective, Objective | None, 
     sets = {"train": run.train} | ({"eval": run.held_out} if run.held_out else {})
     folder = Path(settings.reference_cache or run.output.parent / "reference_cache")
     components = {name: _reference_components(run, batches.dataset) for name, batches in sets.items()}
-    found = {
+    found = run.world.on_main(lambda: {
         name: reference.read_cache(folder, components[name], len(batches.dataset.examples))
         for name, batches in sets.items()
-    }
+    })  # fmt: skip
     missing = [name for name, values in found.items() if values is None]
     named = _reference_engine(run) if missing and settings.reference else None
     engine = None if named else _engine(run)
@@ -242,9 +244,7 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     again = Engine(_load(run, partial), run.config, world, run.dtype)
     with torch.no_grad():
         of_export = again(probe)
-    differences = world.gather(compare(of_engine, of_export, engine.dtype))
+    difference = compare(of_engine, of_export, engine.dtype, world)
     again.close()
-    if world.is_main:
-        publish(partial, run.output)
-    world.barrier()
-    return max(differences)
+    world.on_main(lambda: publish(partial, run.output))
+    return difference

@@ -1,12 +1,15 @@
 """The ranks of a run: who we are, and the few things that all ranks do together."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,21 @@ class World:
         """Print on rank 0."""
         if self.is_main:
             print(text, flush=True)
+
+    def on_main(self, do: Callable[[], Result]) -> Result:
+        """Do something on rank 0 alone: its result, or what it raises, reaches every rank, so that none waits in vain
+        and all ranks see the same files."""
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                outcome = [(do(), None)]
+            except (ValueError, OSError, RuntimeError) as error:
+                outcome = [(None, error)]
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, on every rank, in the order of ranks."""

@@ -1,4 +1,4 @@
-"""The main job, whole: `deepspeed launch/stage2.py --ds ds_configs/z3.json` and nothing else, against its golden losses.
+"""The main job, whole: `deepspeed launch/stage2.py --ds ds_configs/z3.json` alone, against its golden losses.
 
 After a change that is meant to move them: python tests/cli/test_embedded_default.py FOLDER_OF_RUNS
 """
@@ -16,10 +16,8 @@ LATER_TOLERANCE = 0.1
 
 def losses(runs: Path) -> dict[str, list[float]]:
     """Losses of both stages in a folder of runs."""
-    return {
-        stage: [round(json.loads(line)["loss"], 6) for line in (runs / stage / "metrics.jsonl").read_text().splitlines()]
-        for stage in ("stage1", "stage2")
-    }
+    metrics = {stage: (runs / stage / "metrics.jsonl").read_text().splitlines() for stage in ("stage1", "stage2")}
+    return {stage: [round(json.loads(row)["loss"], 6) for row in rows] for stage, rows in metrics.items()}
 
 
 @pytest.fixture(scope="module")

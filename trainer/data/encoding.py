@@ -86,9 +86,10 @@ class Encoder:
             sequences.append(self._encode(record.source, segments, images, encoded))
         for sequence in sequences:
             if len(sequence) > self.max_length:
+                of_images = int((sequence.input_ids == self.processor.image_token_id).sum())
                 raise BadRow(
                     record.source,
-                    f"{len(sequence)} tokens ({int((sequence.mm_token_type_ids > 0).sum())} of images) exceed "
+                    f"{len(sequence)} tokens ({of_images} of images) exceed "
                     f"max_length {self.max_length}; the answer would be cut. Raise --max-length or lower --max-pixels",
                 )
         return Example(record.source, tuple(sequences), tuple(map(str, record.images)), self._digest(record, sequences))
@@ -111,7 +112,9 @@ class Encoder:
                 full = self._render(conversation[: position + 1], add_generation_prompt=False)
                 if not (head.startswith(done) and full.startswith(head)):
                     raise BadRow(
-                        source, "the model's chat template rewrites earlier turns, so answers cannot be told apart"
+                        source,
+                        "the model's chat template rewrites earlier turns, or opens the answer itself, so that answers "
+                        "cannot be told apart",
                     )
                 answer, end, _ = full[len(head) :].partition(self.end)
                 if not end:

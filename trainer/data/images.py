@@ -39,6 +39,8 @@ def load_image(path: Path, grey_window: Window = None) -> Image.Image:
         upright = upright.convert("RGBA")
         if upright.getchannel("A").getextrema()[0] < 255:
             raise ValueError(f"image {path}: transparent pixels; flatten it onto a background")
+    if upright.mode not in ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise ValueError(f"image {path}: colours of mode {upright.mode}; save it as RGB or grey")
     return upright.convert("RGB")
 
 

@@ -99,8 +99,8 @@ def parse_record(line: str, source: str, folder: Path, stage: int) -> Record:
         raise BadRow(source, f"{', '.join(missing)}: missing{hint}")
     if unknown := sorted(row.keys() - wanted - OPTIONAL_KEYS):
         raise BadRow(source, f"{', '.join(unknown)}: unknown; put what is not for training under `meta`")
-    meta, images = row.get("meta", {}), row.get("images", [])
-    check(meta is None or isinstance(meta, dict), f"meta: a JSON object, not {type(meta).__name__}")
+    meta, images = row.get("meta") or {}, row.get("images") or []
+    check(isinstance(meta, dict), f"meta: a JSON object, not {type(meta).__name__}")
     check(
         isinstance(images, list) and all(isinstance(image, str) and image for image in images),
         "images: a list of paths",
@@ -123,7 +123,7 @@ def parse_record(line: str, source: str, folder: Path, stage: int) -> Record:
 
     placeholders = sum(part["type"] == "image" for message in conversations[0] for part in message["content"])
     check(placeholders == len(images), f"images: {len(images)} paths for {placeholders} image placeholders")
-    return Record(source, conversations, num_prompt_messages, tuple(folder / image for image in images), meta or {})
+    return Record(source, conversations, num_prompt_messages, tuple(folder / image for image in images), meta)
 
 
 def _messages(source: str, name: str, value: Any, first_role: str = "user") -> tuple[Message, ...]:

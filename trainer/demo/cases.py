@@ -115,29 +115,39 @@ def look(findings: Sequence[Finding]) -> str:
 
 def chain(case: Case) -> str:
     """The reference answer: look, count, weigh the history, conclude by the rule, re-check; then the option's text."""
-    return _write(case.findings, case.history)
+    return _write(_sentences(case.findings, case.history), case.answer)
 
 
 def corrupt(case: Case, criterion: str) -> str:
-    """The reference answer, spoiled in one way along one MMRP criterion. Deterministic in the case.
+    """The reference answer, spoiled in one place along one MMRP criterion; the rest stays, and so contradicts it.
 
-    - `logical_consistency`: the rule is misapplied, and the wrong conclusion is believed to the end.
-    - `image_analysis`: one finding is overlooked and all that follows is recomputed; a clear film is not looked at.
-    - `no_hallucination`: a finding is invented, moved or retyped and all that follows is recomputed.
+    An error in one place is what a preference between two answers can teach: were all that follows recomputed, DPO
+    would also push down the sound steps that follow from a wrong one.
+
+    - `logical_consistency`: the rule of another pattern is applied, its name misread (every second time) or not.
+    - `image_analysis`: one finding is overlooked; a clear film is not looked at.
+    - `no_hallucination`: a finding is invented, moved or retyped.
     - `reflection`: there is no re-check.
+
+    Deterministic in the case.
     """
     rng = np.random.default_rng([case.seed, 2, CRITERIA.index(criterion)])
+    sentences = _sentences(case.findings, case.history)
     if criterion == "reflection":
-        return _write(case.findings, case.history, check=False)
-    if criterion == "logical_consistency":
-        wrong = [option for option in case.options if option != case.answer]
-        return _write(case.findings, case.history, diagnosis=wrong[rng.integers(len(wrong))])
-    edits = _overlooked(case.findings) if criterion == "image_analysis" else _imagined(case.findings)
-    if not edits:
-        return _write(case.findings, case.history, looked=False)
-    offered = [edit for edit in edits if diagnose(edit, case.history) in set(case.options) - {case.answer}]
-    edits = offered or edits  # an error that changes the answer to another option teaches the most
-    return _write(edits[rng.integers(len(edits))], case.history)
+        sentences.pop("check")
+    elif criterion == "logical_consistency":
+        others = {name: row[HISTORIES.index(case.history)] for name, row in RULES.items()}
+        wrong = [name for name in RULES if others[name] in set(case.options) - {case.answer}]  # what is offered tempts
+        name = wrong[rng.integers(len(wrong))]
+        named = name if rng.random() < 0.5 else pattern(case.findings)
+        sentences["rule"] = f"Rule: {named} with {case.history} means {others[name]}."
+    else:
+        edits = _overlooked(case.findings) if criterion == "image_analysis" else _imagined(case.findings)
+        if edits:
+            sentences["look"] = f"Look: {look(edits[rng.integers(len(edits))])}."
+        else:
+            sentences.pop("look")
+    return _write(sentences, case.answer)
 
 
 CHAIN = re.compile(
@@ -166,19 +176,20 @@ def read_chain(think: str) -> Statement | None:
     return Statement(tuple(findings), int(count), history, match["pattern"], diagnosis, checked)
 
 
-def _write(
-    findings: Sequence[Finding], history: str, diagnosis: str = "", looked: bool = True, check: bool = True
-) -> str:
-    """Write an answer. `diagnosis` overrides the table's; without `looked` or `check` that sentence is left out."""
-    diagnosis = diagnosis or diagnose(findings, history)
-    sentences = [
-        f"Look: {look(findings)}." if looked else "",
-        f"Count: {len(findings)}.",
-        f"History: {history}.",
-        f"Rule: {pattern(findings)} with {history} means {diagnosis}.",
-        f"Check: {len(findings)} found, history {history}, so {diagnosis}." if check else "",
-    ]
-    return f"<think>{' '.join(filter(None, sentences))}</think>\n<answer>{diagnosis}</answer>"
+def _sentences(findings: Sequence[Finding], history: str) -> dict[str, str]:
+    """The steps of a chain."""
+    diagnosis = diagnose(findings, history)
+    return {
+        "look": f"Look: {look(findings)}.",
+        "count": f"Count: {len(findings)}.",
+        "history": f"History: {history}.",
+        "rule": f"Rule: {pattern(findings)} with {history} means {diagnosis}.",
+        "check": f"Check: {len(findings)} found, history {history}, so {diagnosis}.",
+    }
+
+
+def _write(sentences: dict[str, str], diagnosis: str) -> str:
+    return f"<think>{' '.join(sentences.values())}</think>\n<answer> {diagnosis}</answer>"
 
 
 def _overlooked(findings: Sequence[Finding]) -> list[tuple[Finding, ...]]:

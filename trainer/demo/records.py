@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ Row = dict[str, Any]
 REQUEST = "Think, then answer."
 SECTIONS = ("look", "zones", "count", "history", "options")  # what the base model learns to write: never a diagnosis
 SECTION_WEIGHTS = (0.9, 0.4, 0.5, 0.5, 0.2)  # how often each of SECTIONS is asked for
+CRITERION_CYCLE = ("logical_consistency",) * 7 + CRITERIA[1:]  # most negatives where Stage I errs most, in the logic
 WORDS = sorted(set(re.findall(r"</?\w+>|\w+", " ".join(chain(make_case(seed)) for seed in range(500)))))  # of chains
 
 
@@ -36,16 +38,16 @@ def write_stage1(folder: Path, num: int, seed: int) -> Path:
 
 
 def write_stage2(folder: Path, num: int, seed: int) -> Path:
-    """Write `num` preference pairs on pictures, the four criteria in turn; returns the path of the jsonl file."""
+    """Write `num` preference pairs on pictures, their criteria by `CRITERION_CYCLE`; returns the jsonl file's path."""
     rows = (
         {
             "prompt": [{"role": "user", "content": image_question(case)}],
             "chosen": [{"role": "assistant", "content": chain(case)}],
-            "rejected": [{"role": "assistant", "content": corrupt(case, CRITERIA[index % len(CRITERIA)])}],
+            "rejected": [{"role": "assistant", "content": corrupt(case, criterion)}],
             "images": [_save_image(folder, case, index)],
-            "meta": _meta(case) | {"criterion": CRITERIA[index % len(CRITERIA)]},
+            "meta": _meta(case) | {"criterion": criterion},
         }
-        for index, case in enumerate(_cases("stage2", num, seed))
+        for index, (case, criterion) in enumerate(zip(_cases("stage2", num, seed), cycle(CRITERION_CYCLE)))
     )
     return _write_rows(folder / "stage2.jsonl", rows)
 
