@@ -8,7 +8,7 @@ from mede2.trainer.settings import ELICIT, read_recipe
 
 FOLDER = Path(__file__).parent
 BASE_MODEL = FOLDER / "base"
-NUM_TRAIN = {1: 1600, 2: 800}
+NUM_TRAIN = {1: 1280, 2: 800}
 NUM_EVAL = 64
 EVAL_SEED = 1  # training records have seed 0; `cases.case_seed` keeps the two apart
 

@@ -6,6 +6,7 @@ python -m mede2.trainer.demo.pretrain --ds ds_configs/z3.json
 import json
 import platform
 import shutil
+import subprocess
 from datetime import date
 from pathlib import Path
 
@@ -56,10 +57,11 @@ def main(ds: str, runs: str, num_rows: int, seed: int, ship: bool, local_rank: i
         BASE_MODEL.mkdir(exist_ok=True)
         for name in MODEL_FILES:
             shutil.copyfile(model / name, BASE_MODEL / name)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=FOLDER, capture_output=True, text=True, check=False)
         made = {
             "command": f"python -m mede2.trainer.demo.pretrain --ds {ds} --num-rows {num_rows} --seed {seed}",
             "minutes": round(seconds / 60, 1), "machine": f"{platform.machine()}, {world.size} process",
-            "date": date.today().isoformat(), "settings": recipe,
+            "date": date.today().isoformat(), "commit": commit.stdout.strip(), "settings": recipe,
         }  # fmt: skip
         (BASE_MODEL / "made.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
