@@ -89,7 +89,7 @@ def test_a_file_without_the_values_is_refused(tmp_path, content):
 def test_missing_rows_cannot_pass(tmp_path, values):
     metadata = {"components": '{"weights": "a1", "records": "b2", "dtype": "torch.float32"}'}
     save_file({reference.TENSOR: values.double()}, reference.cache_path(tmp_path, COMPONENTS), metadata=metadata)
-    with pytest.raises(ValueError, match="6 rows for 7 records|not finite"):
+    with pytest.raises(ValueError, match=r"6 rows for 7 records|not finite"):
         reference.read_cache(tmp_path, COMPONENTS, 7)
 
 

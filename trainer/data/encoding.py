@@ -65,6 +65,8 @@ class Encoder:
             if token.special or token.content.startswith("<|")
         ]  # control tokens, not words such as <think> that answers are made of
         self.end = processor.tokenizer.eos_token
+        if processor.tokenizer.decode(processor.tokenizer("a", add_special_tokens=False)["input_ids"]) != "a":
+            raise ValueError("model: its tokenizer puts a space before every text, so answers would start with one")
 
     def __call__(self, record: Record) -> Example:
         """Encode and check one record.

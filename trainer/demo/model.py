@@ -1,7 +1,6 @@
 """The embedded model: a real Qwen2.5-VL of 0.7 million parameters, built from its configuration. Imports transformers.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def build_base(folder: Path, seed: int = 0) -> Path:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE on the demo's own texts: its words become single tokens, and any other text still has bytes."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # <answer>cyst is copied from " cyst"
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 11, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
@@ -114,11 +113,13 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 
 
 def _texts() -> Iterator[str]:
-    """Texts to train the tokenizer on: every word of the task, cut where added tokens stand."""
+    """Texts to train the tokenizer on: every word of the task, without the chat's special tokens."""
     words = f"Copy: Write {', '.join(SECTIONS)}. Zones: clear, {', '.join(KINDS)}. Options: {', '.join(DIAGNOSES)}."
-    yield from ["user\n", words, "assistant\n"] * 500
+    yield from [f"user\n{words}\nassistant\n"] * 500
     for seed in range(500):
         case = make_case(seed)
+        answers = [chain(case), *(corrupt(case, criterion) for criterion in CRITERIA)]
         yield from (text_question(case), image_question(case)[1]["text"])
-        for answer in (chain(case), *(corrupt(case, criterion) for criterion in CRITERIA)):
-            yield from filter(None, re.split("|".join(TAGS), answer))
+        for tag in TAGS:
+            answers = [answer.replace(tag, "") for answer in answers]
+        yield from answers
