@@ -182,6 +182,7 @@ class Engine:
         self.world, self.dtype = world, dtype
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
         self.policy = policy
+        self.deepspeed.train(optimizer is not None)  # transformers hands models over in evaluation mode
 
     def __call__(self, micro_batch) -> Tensor:
         """Log-probabilities (N,) fp32 of a micro-batch's answer tokens."""
