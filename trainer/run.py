@@ -123,16 +123,15 @@ def _objectives_and_engine(run: Prepared) -> tuple[Objective, Objective | None, 
         for name, batches in sets.items()
     })  # fmt: skip
     missing = [name for name, values in found.items() if values is None]
-    named = _reference_engine(run) if missing and settings.reference else None
-    engine = None if named else _engine(run)
-    for name in missing:
-        run.world.say(f"reference log-probabilities of the {name} records: computing")
-        found[name] = reference.compute(named or engine, sets[name], folder, components[name], _Ticker(run.world))
+    if missing:  # by an engine of its own, so that training starts alike whether the cache was there or not
+        engine = _reference_engine(run)
+        for name in missing:
+            run.world.say(f"reference log-probabilities of the {name} records: computing")
+            found[name] = reference.compute(engine, sets[name], folder, components[name], _Ticker(run.world))
+        engine.close()
     for name in found.keys() - missing:
         run.world.say(f"reference log-probabilities of the {name} records: found in {folder}")
-    if named:
-        named.close()
-        engine = _engine(run)
+    engine = _engine(run)
 
     def objective(name: str) -> Enhance:
         values = found[name].to(run.world.device)
@@ -176,8 +175,8 @@ def _engine(run: Prepared) -> Engine:
 
 
 def _reference_engine(run: Prepared) -> Engine:
-    """The model that --reference names, without an optimizer."""
-    folder = locate_model(run.settings.reference)
+    """The model that --reference names, or the starting policy, without an optimizer."""
+    folder = locate_model(run.settings.reference) if run.settings.reference else run.model
     theirs = hash_json(describe_processor(load_processor(folder, run.settings.max_pixels)))
     if theirs != run.identity["processor"]:
         raise ValueError(f"reference: {folder} has another tokenizer, template or image processor than {run.model}")
