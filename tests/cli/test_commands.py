@@ -98,7 +98,7 @@ def test_other_launchers_and_ranks_have_the_same_loss_curve(launcher, stage1, st
 
 
 def test_killed_at_a_random_moment_it_continues_as_if_nothing_had_happened(stage1, stage2, records, run, start):
-    """kill -9 of the launcher and both ranks, then the same command again: no update doubled or missing, the same losses."""
+    """kill -9 of the launcher and both ranks, then the same command again: no update doubled or missing."""
     output = stage1.parent / "killed" / "stage2"
     command = stage2_command(stage1, records, output)
     cache = ("--set", f"reference_cache={stage1.parent / 'reference_cache'}")
@@ -116,4 +116,4 @@ def test_killed_at_a_random_moment_it_continues_as_if_nothing_had_happened(stage
 
     done = run("deepspeed", *command, *cache, LOCAL_SIZE="2")
     assert f"found in {stage1.parent / 'reference_cache'}" in done.stdout
-    assert losses(output) == pytest.approx(losses(stage2), abs=1e-5), f"killed after step {wanted}"
+    assert losses(output) == pytest.approx(losses(stage2), abs=1e-5), f"killed after {wanted}"
