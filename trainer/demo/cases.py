@@ -47,17 +47,16 @@ class Statement:
     count: int
     history: str
     pattern: str
-    diagnosis: str
     checked: bool
 
-    def is_sound(self) -> bool:
-        """Whether the conclusion follows, by the table, from the findings and the history that the chain states."""
+    def supports(self, diagnosis: str) -> bool:
+        """Whether this diagnosis follows, by the table, from the findings and the history that the chain states."""
         return (
             self.checked
             and self.count == len(self.findings)
             and self.pattern == pattern(self.findings)
             and self.history in HISTORIES
-            and self.diagnosis == diagnose(self.findings, self.history)
+            and diagnosis == diagnose(self.findings, self.history)
         )
 
 
@@ -114,7 +113,7 @@ def look(findings: Sequence[Finding]) -> str:
 
 
 def chain(case: Case) -> str:
-    """The reference answer: look, count, weigh the history, conclude by the rule, re-check; then the option's text."""
+    """The reference answer: look, count, weigh the history, find the rule, re-check; then the option that it gives."""
     return _write(_sentences(case.findings, case.history), case.answer)
 
 
@@ -124,7 +123,7 @@ def corrupt(case: Case, criterion: str) -> str:
     An error in one place is what a preference between two answers can teach: were all that follows recomputed, DPO
     would also push down the sound steps that follow from a wrong one.
 
-    - `logical_consistency`: the rule of another pattern is applied, its name misread (every second time) or not.
+    - `logical_consistency`: the answer is that of a rule for another pattern or another history.
     - `image_analysis`: one finding is overlooked; a clear film is not looked at.
     - `no_hallucination`: a finding is invented, moved or retyped.
     - `reflection`: there is no re-check.
@@ -132,28 +131,26 @@ def corrupt(case: Case, criterion: str) -> str:
     Deterministic in the case.
     """
     rng = np.random.default_rng([case.seed, 2, CRITERIA.index(criterion)])
-    sentences = _sentences(case.findings, case.history)
+    sentences, answer = _sentences(case.findings, case.history), case.answer
     if criterion == "reflection":
         sentences.pop("check")
     elif criterion == "logical_consistency":
-        others = {name: row[HISTORIES.index(case.history)] for name, row in RULES.items()}
-        wrong = [name for name in RULES if others[name] in set(case.options) - {case.answer}]  # what is offered tempts
-        name = wrong[rng.integers(len(wrong))]
-        named = name if rng.random() < 0.5 else pattern(case.findings)
-        sentences["rule"] = f"Rule: {named} with {case.history} means {others[name]}."
+        column = HISTORIES.index(case.history)
+        misread = {*RULES[pattern(case.findings)], *(row[column] for row in RULES.values())} - {case.answer}
+        answer = sorted(misread)[rng.integers(len(misread))]
     else:
         edits = _overlooked(case.findings) if criterion == "image_analysis" else _imagined(case.findings)
         if edits:
             sentences["look"] = f"Look: {look(edits[rng.integers(len(edits))])}."
         else:
             sentences.pop("look")
-    return _write(sentences, case.answer)
+    return _write(sentences, answer)
 
 
 CHAIN = re.compile(
     r"Look: (?P<look>[^.]*)\. Count: (?P<count>\d+)\. History: (?P<history>\w+)\. "
-    r"Rule: (?P<pattern>[a-z ]+) with (?P<rule_history>\w+) means (?P<diagnosis>\w+)\."
-    r"(?P<check> Check: (?P<check_count>\d+) found, history (?P<check_history>\w+), so (?P<check_diagnosis>\w+)\.)?"
+    r"Rule: (?P<rule>[a-z ]+ with \w+)\."
+    r"(?: Check: (?P<check_count>\d+) found, history (?P<check_history>\w+), so (?P<check_rule>[a-z ]+)\.)?"
 )
 FINDING = re.compile(r"(\w+) (\w+) (\w+)")
 
@@ -169,27 +166,26 @@ def read_chain(think: str) -> Statement | None:
         if finding is None or finding[1] not in KINDS or (finding[2], finding[3]) not in ZONES:
             return None
         findings.append(Finding(*finding.groups()))
-    said = (match["count"], match["history"], match["diagnosis"])
-    rechecked = (match["check_count"], match["check_history"], match["check_diagnosis"])
-    checked = said == rechecked and match["rule_history"] == match["history"]
-    count, history, diagnosis = said
-    return Statement(tuple(findings), int(count), history, match["pattern"], diagnosis, checked)
+    count, history, rule = match["count"], match["history"], match["rule"]
+    name, _, rule_history = rule.rpartition(" with ")
+    rechecked = (match["check_count"], match["check_history"], match["check_rule"]) == (count, history, rule)
+    return Statement(tuple(findings), int(count), history, name, checked=rechecked and rule_history == history)
 
 
 def _sentences(findings: Sequence[Finding], history: str) -> dict[str, str]:
     """The steps of a chain."""
-    diagnosis = diagnose(findings, history)
+    rule = f"{pattern(findings)} with {history}"
     return {
         "look": f"Look: {look(findings)}.",
         "count": f"Count: {len(findings)}.",
         "history": f"History: {history}.",
-        "rule": f"Rule: {pattern(findings)} with {history} means {diagnosis}.",
-        "check": f"Check: {len(findings)} found, history {history}, so {diagnosis}.",
+        "rule": f"Rule: {rule}.",
+        "check": f"Check: {len(findings)} found, history {history}, so {rule}.",
     }
 
 
-def _write(sentences: dict[str, str], diagnosis: str) -> str:
-    return f"<think>{' '.join(sentences.values())}</think>\n<answer> {diagnosis}</answer>"
+def _write(sentences: dict[str, str], answer: str) -> str:
+    return f"<think>{' '.join(sentences.values())}</think>\n<answer> {answer}</answer>"
 
 
 def _overlooked(findings: Sequence[Finding]) -> list[tuple[Finding, ...]]:

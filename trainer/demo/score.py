@@ -49,7 +49,7 @@ class Scores:
     - accuracy: the answer is the right option;
     - format: the generation is `<think>...</think> <answer>...</answer>` and nothing else;
     - grounding: the findings that the chain names are exactly those in the picture;
-    - soundness: the conclusion and the answer follow by the table from what the chain states, be that true or not.
+    - soundness: the answer follows by the table from what the chain states, be that true or not.
     """
 
     accuracy: Rate
@@ -86,7 +86,7 @@ def judge(case: Case, text: str) -> Verdict:
         accuracy=chosen == case.answer,
         format=True,
         grounding=stated is not None and stated.findings == case.findings,
-        soundness=stated is not None and stated.is_sound() and parsed.answer == stated.diagnosis,
+        soundness=stated is not None and stated.supports(parsed.answer),
     )
 
 
