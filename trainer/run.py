@@ -124,10 +124,13 @@ def _objectives_and_engine(run: Prepared) -> tuple[Objective, Objective | None, 
     })  # fmt: skip
     missing = [name for name, values in found.items() if values is None]
     if missing:  # by an engine of its own, so that training starts alike whether the cache was there or not
-        engine = _reference_engine(run)
+        engine, computed = _reference_engine(run), {}
         for name in missing:
-            run.world.say(f"reference log-probabilities of the {name} records: computing")
-            found[name] = reference.compute(engine, sets[name], folder, components[name], _Ticker(run.world))
+            path = reference.cache_path(folder, components[name])
+            if path not in computed:  # the same records may train and evaluate
+                run.world.say(f"reference log-probabilities of the {name} records: computing")
+                computed[path] = reference.compute(engine, sets[name], folder, components[name], _Ticker(run.world))
+            found[name] = computed[path]
         engine.close()
     for name in found.keys() - missing:
         run.world.say(f"reference log-probabilities of the {name} records: found in {folder}")

@@ -116,4 +116,4 @@ def test_killed_at_a_random_moment_it_continues_as_if_nothing_had_happened(stage
 
     done = run("deepspeed", *command, *cache, LOCAL_SIZE="2")
     assert f"found in {stage1.parent / 'reference_cache'}" in done.stdout
-    assert losses(output) == pytest.approx(losses(stage2), abs=1e-5), f"killed after {wanted}"
+    assert losses(output) == losses(stage2), f"killed after {wanted}"
