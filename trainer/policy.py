@@ -87,7 +87,7 @@ def load_policy(
         activation_checkpointing: recompute activations in backward.
 
     Raises:
-        ValueError: the folder does not load as an image-text model, or lacks weights.
+        ValueError: the folder does not load as an image-text model, or its weights are not those of its config.
     """
     stage3 = _ZeroStage3(deepspeed_config) if deepspeed_config and _zero_stage(deepspeed_config) == 3 else None
     if stage3:
@@ -95,14 +95,24 @@ def load_policy(
         set_hf_deepspeed_config(stage3)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
-        )
+            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True
+        )  # fmt: skip
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"model: {folder} does not load: {error}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):  # as it is told under ZeRO-3
+            raise
+        raise ValueError(f"model: {folder} has weights of other shapes than its config.json says: {error}") from error
     finally:
         unset_hf_deepspeed_config()
     if missing := sorted(_untied(model, info["missing_keys"])):
         raise ValueError(f"model: {folder} lacks weights: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, there, wanted = mismatched[0]
+        raise ValueError(
+            f"model: {folder} has weights of other shapes than its config.json says: {name} is {tuple(there)}, "
+            f"not {tuple(wanted)}{', and others' if mismatched[1:] else ''}"
+        )
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(model, implementation)

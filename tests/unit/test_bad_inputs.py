@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mede2.trainer.commandline import stage_command
 from mede2.trainer.data.processing import load_processor, locate_model
@@ -379,12 +380,17 @@ def with_config(**changes):
     return change
 
 
-def without_a_weight(folder):
-    from safetensors.torch import load_file, save_file
+def with_weight(change):
+    """A spoiler that replaces the weight of one layer by `change(weight)`, or drops it where that is None."""
 
-    weights = load_file(folder / "model.safetensors")
-    weights.pop(next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight")))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    def spoil(folder):
+        weights = load_file(folder / "model.safetensors")
+        name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+        weights[name] = change(weights[name])
+        kept = {name: weight for name, weight in weights.items() if weight is not None}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
 
 
 MODELS = table(
@@ -396,7 +402,10 @@ MODELS = table(
     ("no chat template", without("chat_template.jinja"), ["has no chat template"]),
     ("no tokenizer", without("tokenizer.json"), ["the processor of", "does not load"]),
     ("no image processor", without("preprocessor_config.json"), ["the processor of", "does not load"]),
-    ("a weight is missing", without_a_weight, ["lacks weights: ", "layers.0.mlp.up_proj.weight"]),
+    ("a weight is missing", with_weight(lambda weight: None), ["lacks weights: ", "layers.0.mlp.up_proj.weight"]),
+    ("a weight of another shape", with_weight(lambda weight: weight[:-1].clone()), [
+        "other shapes than its config.json", "layers.0.mlp.up_proj.weight is (287, 96), not (288, 96)"
+    ]),
     ("weights cut short", with_text("model.safetensors", "abc"), ["does not load"]),
 )
 
