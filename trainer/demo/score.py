@@ -127,7 +127,7 @@ def print_scores(scores: Mapping[str, Scores], console: Console | None = None) -
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     for name, row in scores.items():
         table.add_row(name, *map(str, (row.accuracy, row.format, row.grounding, row.soundness)))
-    (console or Console(width=100)).print(table)
+    (console or Console(width=120)).print(table)
 
 
 def _conversation(case: Case) -> list[dict]:
