@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint kernels-aot clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+kernels-aot: $(VENV)/installed
+	$(BIN)/python benchmarks/logps_aot.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -50,6 +50,6 @@ setup(
         "cuda": ["flash-attn>=2.8,<3"],
         "serve": ["openai>=2,<3"],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
-        "test": ["pytest>=8,<10", "pytest-timeout>=2.4,<3", "ruff>=0.14,<1"],
+        "test": ["hypothesis>=6,<7", "pytest>=8,<10", "pytest-timeout>=2.4,<3", "ruff>=0.14,<1"],
     },
 )

@@ -6,6 +6,7 @@ Helpers are fixtures that return functions, as pytest's importlib mode lets test
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import json
 from pathlib import Path

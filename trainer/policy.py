@@ -43,27 +43,33 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         head = model.get_output_embeddings()
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
-        def head_forward(head: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        def head_forward(head: nn.Linear, hidden: Tensor, targets: Tensor | None = None, groups=None) -> Tensor:
             if targets is None:
                 return nn.functional.linear(hidden, head.weight, head.bias)
-            return linear_logps(hidden, head.weight, targets, bias=head.bias, implementation=implementation)
+            return linear_logps(
+                hidden, head.weight, targets, groups=groups, bias=head.bias, softcap=softcap,
+                implementation=implementation,
+            )  # fmt: skip
 
         head.forward = types.MethodType(head_forward, head)
 
-    def forward(self, inputs: Mapping[str, Tensor], rows: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, inputs: Mapping[str, Tensor], rows: Tensor, targets: Tensor, sequence: Tensor) -> Tensor:
         """Log-probabilities of answer tokens.
 
         Args:
             inputs: of the model: input_ids (S, T) and the rest.
             rows: (N,) int64, positions in the flattened (S * T) hidden states.
             targets: (N,) int64, the tokens that those positions predict.
+            sequence: (N,) int64, the sequence of each. Both stages weigh all tokens of a sequence alike, so one
+                gradient comes back to each (`groups` of `linear_logps`).
 
         Returns:
             (N,) fp32.
         """
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state  # (S, T, H)
-        return self.model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows), targets)
+        return self.model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows), targets, sequence)
 
 
 def load_policy(

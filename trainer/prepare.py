@@ -84,7 +84,7 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     settings = resolved.settings
 
     dtype = _dtype(settings.dtype, world.device)
-    implementation = choose_implementation(settings.logps)
+    implementation = choose_implementation(settings.logps, world.device.type, dtype)
     model = locate_model(settings.model)
     processor = load_processor(model, settings.max_pixels)
     encoder = Encoder(processor, settings.max_length, settings.grey_window)

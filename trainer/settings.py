@@ -117,7 +117,7 @@ class Settings:
         "sdpa", "Attention implementation of transformers.", choices=("sdpa", "eager", "flash_attention_2")
     )
     logps: str = _setting(
-        "auto", "Implementation of the log-probability operation.", choices=("auto", "torch", "reference")
+        "auto", "Implementation of the log-probability operation.", choices=("auto", "torch", "triton", "reference")
     )
     activation_checkpointing: bool = _setting(
         False, "Recompute activations in backward instead of keeping them.", harmless=True

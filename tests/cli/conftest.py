@@ -15,7 +15,7 @@ def environment(**extra: str) -> dict[str, str]:
     env = {
         k: v
         for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_SIZE")
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_SIZE", "TRITON_INTERPRET")
     }
     return env | {"HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{env['PATH']}"} | extra
 

@@ -48,7 +48,7 @@ def run_distributed(worker: str, world_size: int, folder: Path, *, timeout_s: fl
     common = os.environ | {
         "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
-        "PYTHONWARNINGS": "ignore::FutureWarning",
+        "PYTHONWARNINGS": "ignore::FutureWarning", "TRITON_INTERPRET": "1",
     }  # fmt: skip
     outputs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
     processes = []

@@ -10,12 +10,14 @@ TRUTH = {  # which hand-written run each configuration must equal
     "elicit": "elicit", "elicit_mixed": "elicit_mixed", "enhance": "enhance", "enhance_micro_2": "enhance",
     "enhance_micro_4": "enhance", "enhance_every_part": "enhance", "enhance_recomputed": "enhance",
     "enhance_untied": "enhance_untied", "enhance_z2": "enhance", "enhance_z2_untied": "enhance_untied",
-    "enhance_z3_offload": "enhance",
+    "enhance_z3_offload": "enhance", "enhance_triton": "enhance", "enhance_triton_untied": "enhance_untied",
 }  # fmt: skip
 ONE_RANK = (
     "elicit", "elicit_mixed", "enhance", "enhance_micro_4", "enhance_every_part", "enhance_untied", "enhance_z2",
 )  # fmt: skip
-TWO_RANKS = (*TRUTH, "enhance_clipped", "enhance_bf16", "elicit_local_totals", "enhance_local_totals")
+TWO_RANKS = (
+    *TRUTH, "enhance_clipped", "enhance_bf16", "enhance_triton_bf16", "elicit_local_totals", "enhance_local_totals",
+)  # fmt: skip
 LOCAL_TOTALS = {"elicit_local_totals": "elicit", "enhance_local_totals": "enhance"}
 
 
@@ -117,8 +119,9 @@ def test_clipping_scales_by_the_global_norm(runs):
     assert distance(clipped["gradients"], scaled) < 1e-4
 
 
-def test_bf16_gradients_are_near_those_of_fp32(runs, truth):
+@pytest.mark.parametrize("case", ["enhance_bf16", "enhance_triton_bf16"])
+def test_bf16_gradients_are_near_those_of_fp32(runs, truth, case):
     for results in runs[2]:
-        gradients, true = results["enhance_bf16"]["gradients"], truth["enhance"]["gradients"]
+        gradients, true = results[case]["gradients"], truth["enhance"]["gradients"]
         assert distance(gradients, true) < 0.05
-        assert results["enhance_bf16"]["metrics"]["loss"] == pytest.approx(truth["enhance"]["loss"], rel=0.02)
+        assert results[case]["metrics"]["loss"] == pytest.approx(truth["enhance"]["loss"], rel=0.02)

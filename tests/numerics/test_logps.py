@@ -1,29 +1,35 @@
 """linear_logps against an fp64 reference: values, gradients, memory, work, determinism and its error messages.
 
+The Triton kernels run in Triton's interpreter (conftest.py asks for it), on the CPU.
+
 Legend: N token rows, H hidden size, V vocabulary; U = 2NVH operations.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mede2.kernels import logps_torch
+from mede2.kernels import logps_torch, logps_triton
 from mede2.kernels.logps import IGNORE_INDEX, IMPLEMENTATIONS, choose_implementation, linear_logps
-from mede2.kernels.logps_reference import reference_logps
+
+eager = partial(linear_logps, implementation="reference")
 
 # How far our error against fp64 may exceed that of eager PyTorch in the same dtype. Errors are the largest difference
 # over the largest exact magnitude. A gradient may be off by one more unit of rounding in bf16, half a one in fp16, and
 # four in fp32.
 EXCESS_ERROR = {
-    torch.float64: {"logps": 1e-14, "hidden": 1e-14, "weight": 1e-14, "bias": 1e-14},
-    torch.float32: {"logps": 5e-7, "hidden": 5e-7, "weight": 5e-7, "bias": 5e-7},
-    torch.float16: {"logps": 2e-4, "hidden": 5e-4, "weight": 5e-4, "bias": 5e-4},
-    torch.bfloat16: {"logps": 1e-3, "hidden": 4e-3, "weight": 4e-3, "bias": 4e-3},
+    torch.float64: dict.fromkeys(("logps", "entropy", "hidden", "weight", "bias"), 1e-14),
+    torch.float32: dict.fromkeys(("logps", "entropy", "hidden", "weight", "bias"), 5e-7),
+    torch.float16: {"logps": 2e-4, "entropy": 2e-4, "hidden": 5e-4, "weight": 5e-4, "bias": 5e-4},
+    torch.bfloat16: {"logps": 1e-3, "entropy": 1e-3, "hidden": 4e-3, "weight": 4e-3, "bias": 4e-3},
 }
 SHAPES = [(1, 1, 1), (7, 13, 101), (64, 32, 512), (252, 123, 507)]
 
@@ -41,23 +47,26 @@ def make_inputs(shape, dtype=torch.float32, *, ignored=0.0, with_bias=True, seed
     return hidden, weight.requires_grad_(), targets, bias, upstream
 
 
-def run(hidden, weight, targets, bias, upstream, function=linear_logps):
-    """Log-probabilities and every gradient, by name, computed from fresh leaves that keep the inputs' strides."""
+def run(hidden, weight, targets, bias, upstream, function=linear_logps, **options):
+    """Log-probabilities and every gradient, by name, computed from fresh leaves that keep the inputs' strides. With
+    entropies, their sum is minimized too."""
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
     leaves = {
         name: leaf.detach().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items() if leaf is not None
     }
-    logps = function(leaves["hidden"], leaves["weight"], targets, bias=leaves.get("bias"))
-    logps.backward(upstream.to(logps.dtype))
-    return {"logps": logps.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+    results = function(leaves["hidden"], leaves["weight"], targets, bias=leaves.get("bias"), **options)
+    values = dict(zip(("logps", "entropy"), results if isinstance(results, tuple) else (results,), strict=False))
+    loss = (values["logps"] * upstream.to(values["logps"].dtype)).sum()
+    (loss + values["entropy"].sum() if "entropy" in values else loss).backward()
+    return {name: value.detach() for name, value in values.items()} | {n: leaf.grad for n, leaf in leaves.items()}
 
 
-def run_fp64(hidden, weight, targets, bias, upstream):
+def run_fp64(hidden, weight, targets, bias, upstream, **options):
     doubles = [tensor if tensor is None else tensor.detach().double() for tensor in (hidden, weight, bias)]
     for original, double in zip((hidden, weight, bias), doubles, strict=True):
         if double is not None:
             double.requires_grad_(original.requires_grad)
-    return run(doubles[0], doubles[1], targets, doubles[2], upstream, reference_logps)
+    return run(doubles[0], doubles[1], targets, doubles[2], upstream, eager, **options)
 
 
 def error(value, exact):
@@ -66,12 +75,13 @@ def error(value, exact):
     return ((value.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
 
 
-def assert_as_exact_as_eager(inputs):
+def assert_as_exact_as_eager(inputs, function=linear_logps, **options):
     dtype = inputs[0].dtype
-    ours, eager, exact = run(*inputs), run(*inputs, reference_logps), run_fp64(*inputs)
+    ours, theirs = run(*inputs, function, **options), run(*inputs, eager, **options)
+    exact = run_fp64(*inputs, **options)
     for name, tolerance in EXCESS_ERROR[dtype].items():
         if name in exact:
-            our_error, eager_error = error(ours[name], exact[name]), error(eager[name], exact[name])
+            our_error, eager_error = error(ours[name], exact[name]), error(theirs[name], exact[name])
             assert our_error <= eager_error + tolerance, f"{name}: {our_error:.3g}, eager {eager_error:.3g}"
 
 
@@ -86,7 +96,18 @@ def one_thread():
 
 @pytest.fixture
 def chunks_of(monkeypatch):
-    return lambda size: monkeypatch.setattr(logps_torch, "chunk_size", lambda *_: size)
+    """`chunks_of(size)`: vocabulary rows in a chunk, of every implementation."""
+
+    def patch(size: int) -> None:
+        for module in (logps_torch, logps_triton):
+            monkeypatch.setattr(module, "chunk_size", lambda *_: size)
+
+    return patch
+
+
+@pytest.fixture(params=["torch", "triton"])
+def ours(request):
+    return partial(linear_logps, implementation=request.param)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -110,6 +131,45 @@ def test_as_exact_as_eager(shape, ignored, with_bias, dtype, chunks_of):
     assert_as_exact_as_eager(make_inputs(shape, dtype, ignored=ignored, with_bias=with_bias))
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (37, 72, 4099)], ids=str)
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_triton_as_exact_as_eager(shape, ignored, dtype, chunks_of):
+    chunks_of(300)
+    assert_as_exact_as_eager(
+        make_inputs(shape, dtype, ignored=ignored), partial(linear_logps, implementation="triton")
+    )
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"with_entropy": True}, {"softcap": 5.0, "with_entropy": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softcap_and_entropy(options, dtype, ours, chunks_of):
+    chunks_of(100)
+    inputs = make_inputs((37, 24, 301), dtype, ignored=0.3)
+    assert_as_exact_as_eager(inputs, ours, **options)
+    if "with_entropy" in options:
+        entropy = run(*inputs, ours, **options)["entropy"]
+        counted = inputs[2] != IGNORE_INDEX
+        assert not entropy[~counted].any()
+        assert (entropy[counted] > 0).all()
+        assert (entropy <= math.log(301)).all()
+
+
+def test_entropy_by_hand(ours):
+    """Probabilities 1/4 and 3/4, then 1/2 and 1/2."""
+    hidden, weight = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [math.log(3)]])
+    _, entropy = ours(hidden, weight, torch.tensor([0, 1]), with_entropy=True)
+    by_hand = [math.log(4) - 0.75 * math.log(3), math.log(2)]
+    torch.testing.assert_close(entropy, torch.tensor(by_hand))
+
+
+def test_probabilities_of_the_whole_vocabulary_sum_to_one(ours):
+    hidden, weight, _, bias, _ = make_inputs((3, 13, 507))
+    every = torch.arange(507).repeat(3)
+    logps = ours(hidden.repeat_interleave(507, 0), weight, every, bias=bias).view(3, 507)
+    torch.testing.assert_close(logps.exp().sum(1), torch.ones(3), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("product_dtype", [torch.float32, None], ids=["widened", "native"])
@@ -125,11 +185,13 @@ def test_half_precision_both_ways(shape, dtype, product_dtype, chunks_of, monkey
 
 
 @pytest.mark.parametrize("size", [1, 37, 50, 100, 101, 102])
-def test_chunk_boundaries(size, chunks_of):
+def test_chunk_boundaries(size, ours, chunks_of):
+    if size == 1 and ours.keywords["implementation"] == "triton":
+        pytest.skip("101 launches in the interpreter; 37 has as many boundaries to a tile")
     chunks_of(size)
-    inputs = make_inputs((7, 13, 101), torch.float64)
+    inputs = make_inputs((7, 13, 101))
     inputs[2][:5] = torch.tensor([0, size - 1, size, 99, 100]).clamp(max=100)
-    assert_as_exact_as_eager(inputs)
+    assert_as_exact_as_eager(inputs, ours)
 
 
 @pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -173,76 +235,85 @@ def test_ignored_rows_are_never_read(implementation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("product_dtype", [torch.float32, None], ids=["widened", "native"])
-def test_extreme_logits(dtype, product_dtype, chunks_of, monkeypatch):
+def test_extreme_logits(dtype, product_dtype, ours, chunks_of, monkeypatch):
     monkeypatch.setattr(logps_torch, "product_dtype", lambda hidden: product_dtype or hidden.dtype)
-    chunks_of(37)
-    hidden, weight, targets, bias, upstream = make_inputs((7, 13, 101), dtype)
+    chunks_of(256)
+    hidden, weight, targets, bias, upstream = make_inputs((7, 13, 507), dtype)
     with torch.no_grad():
         hidden *= 1e4 / (hidden.float() @ weight.float().t()).abs().max()
     targets[:3] = F.linear(hidden.double(), weight.double(), bias.double()).argmax(1)[:3]
     inputs = hidden, weight, targets, bias, upstream
-    assert_as_exact_as_eager(inputs)
-    results = run(*inputs)
+    assert_as_exact_as_eager(inputs, ours)
+    results = run(*inputs, ours)
+    assert run(*inputs, ours, with_entropy=True)["entropy"].min() >= 0
     assert all(value.isfinite().all() for value in results.values())
     assert results["logps"].max() <= 0
     assert results["logps"].min() < -5e3
 
 
-def test_vocabulary_masked_by_infinite_bias(chunks_of):
+def test_vocabulary_masked_by_infinite_bias(ours, chunks_of):
     """Padded vocabulary rows are often given -inf; here they fill the first chunk and part of the next."""
     chunks_of(25)
     hidden, weight, targets, _, upstream = make_inputs((7, 13, 101))
     bias = torch.zeros(101)
     bias[:30] = -math.inf
     targets = targets.clamp(min=30)
-    ours = run(hidden, weight, targets, bias, upstream)
-    without = run(hidden, weight[30:], targets - 30, None, upstream)
-    torch.testing.assert_close(ours["logps"], without["logps"])
-    torch.testing.assert_close(ours["hidden"], without["hidden"])
-    torch.testing.assert_close(ours["weight"], F.pad(without["weight"], (0, 0, 30, 0)))
+    masked = run(hidden, weight, targets, bias, upstream, ours, with_entropy=True)
+    without = run(hidden, weight[30:], targets - 30, None, upstream, ours, with_entropy=True)
+    for name in ("logps", "entropy", "hidden"):
+        torch.testing.assert_close(masked[name], without[name])
+    torch.testing.assert_close(masked["weight"], F.pad(without["weight"], (0, 0, 30, 0)))
 
 
 def test_gradcheck(chunks_of):
     chunks_of(7)
     hidden, weight, targets, bias, _ = make_inputs((6, 4, 17), torch.float64, ignored=0.4)
-    assert torch.autograd.gradcheck(lambda h, w, b: linear_logps(h, w, targets, bias=b), (hidden, weight, bias))
+    for options in ({}, {"softcap": 1.5}, {"with_entropy": True}, {"softcap": 1.5, "with_entropy": True}):
+        function = partial(linear_logps, targets=targets, **options)
+        assert torch.autograd.gradcheck(lambda h, w, b: function(h, w, bias=b), (hidden, weight, bias))  # noqa: B023
 
 
 @pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
-def test_partial_gradients(trained, chunks_of):
+def test_partial_gradients(trained, ours, chunks_of):
     """A frozen argument gets None, and the others the same bits as when all are trained."""
     chunks_of(37)
     inputs = make_inputs((7, 13, 101), ignored=0.3)
-    expected = run(*inputs)
+    expected = run(*inputs, ours)
     for name, leaf in {"hidden": inputs[0], "weight": inputs[1], "bias": inputs[3]}.items():
         leaf.requires_grad_(name in trained)
-    results = run(*inputs)
+    results = run(*inputs, ours)
     for name in ("hidden", "weight", "bias"):
         assert torch.equal(results[name], expected[name]) if name in trained else results[name] is None
 
 
-def test_repeated_targets(chunks_of):
+def test_repeated_targets(ours, chunks_of):
     chunks_of(37)
     inputs = make_inputs((64, 32, 101))
     inputs[2][:] = 40
-    assert_as_exact_as_eager(inputs)
+    assert_as_exact_as_eager(inputs, ours)
 
 
-def test_non_contiguous_inputs(chunks_of):
+def test_ties(ours):
+    """Every word as likely as any other."""
+    logps = ours(torch.zeros(5, 13), torch.randn(101, 13), torch.arange(5))
+    torch.testing.assert_close(logps, torch.full((5,), -math.log(101)))
+
+
+def test_non_contiguous_inputs(ours, chunks_of):
     chunks_of(37)
     hidden, weight, targets, bias, upstream = make_inputs((14, 26, 101))
     inputs = hidden[::2, ::2].detach(), weight[:, 1::2].detach(), targets[::2], bias.detach(), upstream[::2]
     for tensor in (inputs[0], inputs[1], inputs[3]):
         tensor.requires_grad_()
         assert tensor is inputs[3] or not tensor.is_contiguous()
-    assert_as_exact_as_eager(inputs)
+    assert_as_exact_as_eager(inputs, ours)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_twice(dtype, chunks_of):
+def test_same_bits_twice(dtype, ours, chunks_of):
     chunks_of(100)
     inputs = make_inputs((252, 123, 507), dtype, ignored=0.5)
-    first, second = run(*inputs), run(*inputs)
+    first, second = run(*inputs, ours), run(*inputs, ours)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -263,7 +334,8 @@ def test_autocast_is_off_inside_the_reference_too():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the element count of the largest tensor that any operation returns."""
+    """Records the element count of the largest tensor that any operation returns; bytes, which Triton's interpreter
+    copies storages as, do not count."""
 
     def __init__(self):
         super().__init__()
@@ -272,22 +344,22 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors if tensor.dtype != torch.uint8)])
         return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_tensor_of_rows_by_vocabulary(dtype, chunks_of):
+def test_no_tensor_of_rows_by_vocabulary(dtype, ours, chunks_of):
     """Nothing is larger than the weight or one chunk of logits; the eager way trips the same check."""
     num_rows, hidden_size, num_vocab = shape = (96, 16, 2048)
     chunks_of(128)
     inputs = make_inputs(shape, dtype)
-    with LargestTensor() as ours:
-        run(*inputs)
-    assert ours.numel == max(num_vocab * hidden_size, num_rows * 128)
-    with LargestTensor() as eager:
-        run(*inputs, reference_logps)
-    assert eager.numel == num_rows * num_vocab
+    with LargestTensor() as blocked:
+        run(*inputs, ours)
+    assert blocked.numel == max(num_vocab * hidden_size, num_rows * 128)
+    with LargestTensor() as whole:
+        run(*inputs, eager)
+    assert whole.numel == num_rows * num_vocab
 
 
 @pytest.mark.parametrize(
@@ -309,13 +381,13 @@ def test_work_in_units(trained, backward_units, ignored, chunks_of):
     assert backward.get_total_flops() == backward_units * unit
 
 
-def test_parameter_may_be_freed_between_forward_and_backward():
+def test_parameter_may_be_freed_between_forward_and_backward(ours):
     """ZeRO-3 frees the gathered weight after the forward and gathers it anew, so nothing may hold the old storage."""
     inputs = make_inputs((7, 13, 101))
-    expected = run(*inputs)
+    expected = run(*inputs, ours)
     hidden, weight, targets, bias, upstream = inputs
     weight, bias = torch.nn.Parameter(weight.detach().clone()), torch.nn.Parameter(bias.detach().clone())
-    logps = linear_logps(hidden, weight, targets, bias=bias)
+    logps = ours(hidden, weight, targets, bias=bias)
     for parameter in (weight, bias):
         gathered, freed = parameter.detach().clone(), parameter.data
         parameter.data = torch.empty(0)
@@ -337,12 +409,17 @@ def test_weight_tied_with_embedding(chunks_of):
         function(torch.tanh(F.embedding(tokens, tied)), tied, targets).backward(upstream.double())
         return tied.grad
 
-    torch.testing.assert_close(gradient(linear_logps), gradient(reference_logps))
+    torch.testing.assert_close(gradient(linear_logps), gradient(eager))
 
 
 def test_choice_of_implementation():
     assert choose_implementation() == choose_implementation("auto") == "torch"
     assert choose_implementation("reference") == "reference"
+    assert choose_implementation("auto", "cuda", torch.bfloat16) == "triton"
+    assert choose_implementation("auto", "cuda", torch.float32) == "torch"
+    assert choose_implementation("triton", "cpu", torch.float32) == "triton"  # in the interpreter
+    with pytest.raises(ValueError, match=r"implementation: got 'triton' for torch\.float64"):
+        choose_implementation("triton", "cpu", torch.float64)
 
 
 INVALID = {
@@ -367,6 +444,8 @@ INVALID = {
         {"bias": torch.zeros(5, dtype=torch.bfloat16)},
         {"bias": torch.zeros(5, device="meta")},
     ],
+    "groups": [{"groups": torch.zeros(3, dtype=torch.int64)}, {"groups": torch.zeros(4)}],
+    "softcap": [{"softcap": 0.0}, {"softcap": -1.0}, {"softcap": math.nan}],
     "implementation": [{"implementation": "fast"}],
 }
 
@@ -377,3 +456,30 @@ def test_errors_name_the_field(start, change):
     with pytest.raises(ValueError, match=f"^{start}") as raised:
         linear_logps(**(valid | change))
     assert "got" in str(raised.value) or "row" in str(raised.value)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True], ids=["plain", "entropy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_triton_with_tensor_descriptors(dtype, with_entropy, chunks_of, monkeypatch):
+    """The launches of sm_90 and sm_100 load tiles by descriptors (TMA); rows then start at multiples of 16 bytes."""
+    monkeypatch.setattr(logps_triton, "INTERPRETER_BLOCKS", logps_triton.Blocks(32, 64, 32, 1, 1, descriptors=True))
+    chunks_of(192)
+    inputs = make_inputs((37, 72, 507), dtype, ignored=0.3)
+    assert_as_exact_as_eager(inputs, partial(linear_logps, implementation="triton"), with_entropy=with_entropy)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(0, 70), st.integers(1, 90), st.integers(1, 600)),
+    ignored=st.floats(0, 1), with_bias=st.booleans(), dtype=st.sampled_from(sorted(EXCESS_ERROR, key=str)),
+    chunk=st.integers(20, 700), seed=st.integers(0, 2**31),
+)  # fmt: skip
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_any_shape(implementation, shape, ignored, with_bias, dtype, chunk, seed):
+    if implementation == "triton" and dtype == torch.float64:
+        dtype = torch.float32
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (logps_torch, logps_triton):
+            patch.setattr(module, "chunk_size", lambda *_: chunk)
+        inputs = make_inputs(shape, dtype, ignored=ignored, with_bias=with_bias, seed=seed)
+        assert_as_exact_as_eager(inputs, partial(linear_logps, implementation=implementation))

@@ -47,7 +47,7 @@ def slots(*indices, weight=1):
 
 @torch.no_grad()
 def logps_of(policy, batch) -> torch.Tensor:
-    return policy(batch.inputs, batch.rows, batch.targets)
+    return policy(batch.inputs, batch.rows, batch.targets, batch.sequence)
 
 
 @torch.no_grad()

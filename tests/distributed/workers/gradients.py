@@ -25,6 +25,9 @@ CASES = {
     "enhance_z2_untied": ("untied", "pairs", 2, "z2", {"micro_batch_size": 4}),
     "enhance_z3_offload": ("tied", "pairs", 2, "z3_offload", {"micro_batch_size": 2}),
     "enhance_clipped": ("tied", "pairs", 2, "z3", {"max_grad_norm": 1e-2, "micro_batch_size": 4}),
+    "enhance_triton": ("tied", "pairs", 2, "z3", {"logps": "triton", "micro_batch_size": 4}),
+    "enhance_triton_untied": ("untied", "pairs", 2, "z3", {"logps": "triton", "micro_batch_size": 4}),
+    "enhance_triton_bf16": ("tied", "pairs", 2, "z3", {"logps": "triton", "dtype": "bf16", "micro_batch_size": 4}),
     "enhance_bf16": ("tied", "pairs", 2, "z3", {"dtype": "bf16", "micro_batch_size": 4}),
 }
 

@@ -14,6 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 from transformers import AutoConfig
 
+from mede2.kernels.logps import choose_implementation
 from mede2.trainer.data.collate import Collator
 from mede2.trainer.data.dataset import Batches, load_dataset
 from mede2.trainer.data.encoding import Encoder
@@ -79,8 +80,8 @@ def make_engine(world: World, model: str, settings: Settings, zero: str = "z3", 
     file = read_deepspeed_file(DS_CONFIGS / f"{zero}.json")
     config = fill_deepspeed_config(file, settings, batch, dtype, hidden_size)
     policy = load_policy(
-        Path(model), dtype=dtype, attention=settings.attention, implementation="torch", deepspeed_config=config,
-        activation_checkpointing=settings.activation_checkpointing,
+        Path(model), dtype=dtype, attention=settings.attention, implementation=choose_implementation(settings.logps),
+        deepspeed_config=config, activation_checkpointing=settings.activation_checkpointing,
     )  # fmt: skip
     if not trains:
         return Engine(policy, config, world, dtype)
