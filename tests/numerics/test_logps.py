@@ -468,6 +468,19 @@ def test_triton_with_tensor_descriptors(dtype, with_entropy, chunks_of, monkeypa
     assert_as_exact_as_eager(inputs, partial(linear_logps, implementation="triton"), with_entropy=with_entropy)
 
 
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("with_entropy", [False, True], ids=["plain", "entropy"])
+def test_triton_splits_of_several_tiles(splits, with_entropy, monkeypatch):
+    """Six tiles of the vocabulary, their maxima rising and falling, in 1, 2 and 3 (5 would leave 2 empty) programs."""
+    monkeypatch.setattr(logps_triton, "MAX_SPLITS", splits)
+    monkeypatch.setattr(logps_triton, "INTERPRETER_BLOCKS", logps_triton.Blocks(16, 32, 32, 1, 1))
+    hidden, weight, targets, bias, upstream = make_inputs((20, 13, 180))
+    with torch.no_grad():
+        bias += torch.tensor([0.0, 3.0, -2.0, 4.0, 0.5, 4.5]).repeat_interleave(32)[:180]
+    inputs = hidden, weight, targets, bias, upstream
+    assert_as_exact_as_eager(inputs, partial(linear_logps, implementation="triton"), with_entropy=with_entropy)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(0, 70), st.integers(1, 90), st.integers(1, 600)),
