@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import click
@@ -32,54 +33,98 @@ def link_packages() -> None:
 
 
 def numerics(device: str) -> list[dict]:
-    """Errors of logps, dh and dW against fp64, relative to its norm: ours beside eager's in the same dtype."""
+    """Errors of logps, entropy, dh and dW against fp64, relative to its norm: ours beside eager's in the same dtype.
+
+    Ragged sizes and, for the 16-bit dtypes, one whose rows tensor descriptors can load.
+    """
     import torch
 
     from mede2.kernels.logps import linear_logps
 
     rows = []
-    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32,)
+    implementations = ("reference", "torch", "triton") if device == "cuda" else ("reference", "torch")
+    for dtype, hidden_size, extras in product(dtypes, (252, 256), ({}, {"with_entropy": True}, {"softcap": 5.0})):
         torch.manual_seed(0)
-        hidden = torch.randn(507, 252, device=device).to(dtype)
-        weight = (torch.randn(4099, 252, device=device) * 252**-0.5).to(dtype)
+        hidden = torch.randn(507, hidden_size, device=device).to(dtype)
+        weight = (2 * torch.randn(4099, hidden_size, device=device) * hidden_size**-0.5).to(dtype)
         targets = torch.randint(4099, (507,), device=device)
         targets[::7] = -100
         upstream = torch.randn(507, device=device)
 
-        def passes(
-            implementation: str, kind: torch.dtype, inputs=(hidden, weight, targets, upstream)
-        ) -> list[torch.Tensor]:
+        def passes(implementation: str, kind: torch.dtype, inputs=(hidden, weight, targets, upstream), extras=extras):
             h, w = (tensor.detach().to(kind).requires_grad_() for tensor in inputs[:2])
-            logps = linear_logps(h, w, inputs[2], implementation=implementation)
-            logps.backward(inputs[3].to(logps.dtype))
-            return [tensor.detach().double() for tensor in (logps, h.grad, w.grad)]
+            results = linear_logps(h, w, inputs[2], implementation=implementation, **extras)
+            values = results if isinstance(results, tuple) else (results,)
+            sum((value * inputs[3].to(value.dtype)).sum() for value in values).backward()
+            return [tensor.detach().double() for tensor in (h.grad, w.grad, *values)]
 
         exact = passes("reference", torch.float64)
-        for implementation in ("reference", "torch"):
-            errors = [
-                float((got - want).norm() / want.norm())
-                for got, want in zip(passes(implementation, dtype), exact, strict=True)
-            ]
-            rows.append(
-                {
-                    "dtype": str(dtype),
-                    "implementation": implementation,
-                    **dict(zip(("logps", "dh", "dW"), errors, strict=True)),
-                }
-            )
+        for implementation in implementations:
+            ours, again = passes(implementation, dtype), passes(implementation, dtype)
+            errors = [float((got - want).norm() / want.norm()) for got, want in zip(ours, exact, strict=True)]
+            rows.append({
+                "dtype": str(dtype), "hidden_size": hidden_size, **extras, "implementation": implementation,
+                **dict(zip(("dh", "dW", "logps", "entropy"), errors, strict=False)),
+                "same_bits_twice": all(torch.equal(x, y) for x, y in zip(ours, again, strict=True)),
+            })  # fmt: skip
     return rows
 
 
+def forward_rate(device: str) -> list[dict]:
+    """TFLOP/s of the forward alone beside the matrix product alone, of the same bf16 operands (a CPU: fp32, small)."""
+    import torch
+
+    from mede2.kernels.logps import linear_logps
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shapes = [(8192, 3584, 152064), (2048, 2048, 151936)] if device == "cuda" else [(128, 64, 4096)]
+    rows = []
+    for num_rows, hidden_size, num_vocab in shapes:
+        hidden = torch.randn(num_rows, hidden_size, device=device, dtype=dtype)
+        weight = torch.randn(num_vocab, hidden_size, device=device, dtype=dtype) * hidden_size**-0.5
+        targets = torch.randint(num_vocab, (num_rows,), device=device)
+        block = weight[: num_vocab // 8]  # so that the product's own output fits
+
+        def logps(hidden=hidden, weight=weight, targets=targets) -> None:
+            with torch.no_grad():
+                linear_logps(hidden, weight, targets)
+
+        def matrix_product(hidden=hidden, block=block) -> None:
+            torch.mm(hidden, block.t())
+
+        unit = 2 * num_rows * hidden_size * num_vocab
+        ours = unit / median_seconds(logps, device) / 1e12
+        peak = unit / 8 / median_seconds(matrix_product, device) / 1e12
+        shape = {"num_rows": num_rows, "hidden_size": hidden_size, "num_vocab": num_vocab}
+        rows.append({**shape, "forward_tflops": ours, "matrix_tflops": peak, "ratio": ours / peak})
+    return rows
+
+
+def median_seconds(function, device: str, rounds: int = 10) -> float:
+    import torch
+
+    synchronize = torch.cuda.synchronize if device == "cuda" else torch.cpu.synchronize
+    times = []
+    for _ in range(rounds + 3):
+        synchronize()
+        started = time.perf_counter()
+        function()
+        synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times[3:])[rounds // 2]
+
+
 def benchmark(device: str, folder: Path) -> dict:
-    """benchmarks/bench_logps.py at the size of a 7B head (GPU), or small."""
-    sizes = (
-        ["-n", "4096", "-h", "3584", "-v", "152064"]
-        if device == "cuda"
-        else ["-n", "128", "-h", "64", "-v", "4096", "--dtype", "fp32"]
-    )
-    path = folder / "bench_logps.json"
-    run_logged([sys.executable, str(ROOT / "benchmarks/bench_logps.py"), *sizes, "--rounds", "3", "--json", str(path)])
-    return json.loads(path.read_text(encoding="utf-8"))
+    """benchmarks/bench_logps.py with peers, at the heads of a 7B and a 3B model (a CPU: --quick). Its headline.
+
+    All eight shapes are a command of their own: `python benchmarks/bench_logps.py --device cuda`.
+    """
+    sizes = ["--quick"]
+    if device == "cuda":
+        sizes = ["--shapes", "2048x2048x151936", "--shapes", "8192x3584x152064", "--rounds", "5"]
+    command = [sys.executable, str(ROOT / "benchmarks/bench_logps.py"), "--device", device, "--output", str(folder)]
+    return json.loads(run_logged([*command, *sizes]).splitlines()[-1])
 
 
 def stages(folder: Path, max_steps: int) -> list[dict]:
@@ -102,9 +147,17 @@ def stages(folder: Path, max_steps: int) -> list[dict]:
     return results
 
 
-def run_logged(command: list[str]) -> None:
+def run_logged(command: list[str]) -> str:
+    """Run a command, show its standard output as it comes, and return it."""
     print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True, cwd=ROOT)
+    lines = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return "".join(lines)
 
 
 @click.command(help=__doc__)
@@ -115,20 +168,22 @@ def main(output: Path, max_steps: int) -> None:
     import torch
     from bench_logps import environment
 
+    output = output.resolve()  # the commands below run in the repository's root
+    output.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     place = environment()
     with tempfile.TemporaryDirectory() as scratch:
         report = {
             **place,
             "numerics": numerics(device),
-            "benchmark": benchmark(device, Path(scratch)),
+            "forward_rate": forward_rate(device),
+            "benchmark": benchmark(device, output),
             "stages": stages(Path(scratch), max_steps),
         }
-    output.mkdir(parents=True, exist_ok=True)
     card = place["gpu"].replace(" ", "-").lower() if device == "cuda" else "cpu"
     path = output / f"gpu_report-{card}-{place['date'][:10]}.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({"report": str(path), "numerics": report["numerics"], "stages": report["stages"]}))
+    print(json.dumps({"report": str(path), **{name: report[name] for name in ("forward_rate", "benchmark", "stages")}}))
 
 
 if __name__ == "__main__":
