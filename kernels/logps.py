@@ -88,12 +88,13 @@ def choose_implementation(
     has_triton = find_spec("triton") is not None
     if implementation == "auto":
         return "triton" if has_triton and device == "cuda" and dtype.itemsize == 2 else "torch"
-    if implementation == "triton":
-        if not (has_triton and _load_triton().runs_on(device) and dtype in TRITON_DTYPES):
-            raise ValueError(
-                f"implementation: got 'triton' for {dtype} on {device}, where it does not run "
-                "(it needs Triton, and CUDA or TRITON_INTERPRET=1 on a CPU, and fp32, bf16 or fp16); use 'auto'"
-            )
+    if implementation == "triton" and not (
+        has_triton and _load_triton().runs_on(device) and dtype in TRITON_DTYPES
+    ):
+        raise ValueError(
+            f"implementation: got 'triton' for {dtype} on {device}, where it does not run "
+            "(it needs Triton, and CUDA or TRITON_INTERPRET=1 on a CPU, and fp32, bf16 or fp16); use 'auto'"
+        )
     return implementation
 
 
