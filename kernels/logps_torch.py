@@ -10,7 +10,8 @@ targets (N,), the log-sum-exp (N,). Each pass reads the weight once and hidden o
 CHUNK_BYTES plus O(N H).
 
 By row block, for rows in groups of one upstream gradient each, fp32 or wider: 3 U, all in the forward, which keeps the
-gradients unscaled, the weight's once for each group; backward scales them. Saved for backward: those.
+gradients unscaled, the weight's once for each group; backward scales them in place, and so runs once. Saved for
+backward: those.
 
 Under ZeRO-3 the gathered weight is freed after the forward and gathered anew for the backward; only the Parameter
 follows that, a `.t()` or `.detach()` of it would be left without storage.
@@ -239,21 +240,25 @@ class _GroupedLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps: Tensor):
-        scales = [grad_logps[rows[0]] for rows in ctx.members]
+        if ctx.members is None:
+            raise RuntimeError("linear_logps with groups: backward runs once; to run it again, pass no groups")
+        scales = [float(grad_logps[rows[0]]) for rows in ctx.members]
         for rows, scale in zip(ctx.members, scales, strict=True):
             inside = grad_logps.index_select(0, rows)
-            if not torch.allclose(inside, scale.expand_as(inside), rtol=0, atol=0, equal_nan=True):
+            if not torch.allclose(inside, torch.full_like(inside, scale), rtol=0, atol=0, equal_nan=True):
                 raise ValueError(
                     f"groups: the upstream gradients of one group differ ({inside.min().item()} to "
                     f"{inside.max().item()}); group only rows that share theirs, or pass no groups"
                 )
-        grad_hidden = None if ctx.grad_hidden is None else ctx.grad_hidden * grad_logps[:, None]
-        return grad_hidden, _weighted(ctx.grad_weights, scales), None, _weighted(ctx.grad_biases, scales), None, None
+        grad_hidden = None if ctx.grad_hidden is None else ctx.grad_hidden.mul_(grad_logps[:, None])
+        grad_weight, grad_bias = _weighted(ctx.grad_weights, scales), _weighted(ctx.grad_biases, scales)
+        ctx.members = ctx.grad_hidden = ctx.grad_weights = ctx.grad_biases = None
+        return grad_hidden, grad_weight, None, grad_bias, None, None
 
 
-def _weighted(gradients: list[Tensor], scales: list[Tensor]) -> Tensor | None:
-    """The sum of the groups' gradients, each times its scale."""
-    total = gradients[0] * scales[0] if gradients else None
+def _weighted(gradients: list[Tensor], scales: list[float]) -> Tensor | None:
+    """The sum of the groups' gradients, each times its scale, in the place of the first."""
+    total = gradients[0].mul_(scales[0]) if gradients else None
     for gradient, scale in zip(gradients[1:], scales[1:], strict=False):
-        total.addcmul_(gradient, scale)
+        total.add_(gradient, alpha=scale)
     return total
