@@ -186,7 +186,9 @@ class Engine:
 
     def __call__(self, micro_batch) -> Tensor:
         """Log-probabilities (N,) fp32 of a micro-batch's answer tokens."""
-        return self.deepspeed(micro_batch.inputs, micro_batch.rows, micro_batch.targets, micro_batch.sequence)
+        return self.deepspeed(
+            micro_batch.inputs, micro_batch.branches, micro_batch.rows, micro_batch.targets, micro_batch.sequence
+        )
 
     @torch.no_grad()
     def answer_logps(self, micro_batch) -> Tensor:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mede2.trainer.data.batches import Totals
 from mede2.trainer.data.collate import MicroBatch
-from mede2.trainer.data.dataset import Totals
 from mede2.trainer.losses import dpo_loss, nll_loss, sum_by_sequence
 
 Stats = dict[str, Tensor]  # shares: their sums over micro-batches and ranks are the metrics

@@ -12,15 +12,18 @@ from transformers import AutoConfig
 
 from mede2.kernels.logps import choose_implementation
 from mede2.trainer.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.collate import Collator
-from mede2.trainer.data.dataset import Batches, DataSet, load_dataset
+from mede2.trainer.data.dataset import DataSet, load_dataset
 from mede2.trainer.data.encoding import Encoder
+from mede2.trainer.data.layout import Layout
+from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
-from mede2.trainer.settings import FIELDS, STAGE_NAMES, BatchArithmetic, Resolved, Settings
+from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Resolved, Settings
 from mede2.trainer.world import World
 
 SUMMARY = "summary.json"  # of an output folder; written last: the run is done
@@ -95,15 +98,27 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     if settings.train_merger and not train_set.has_images:
         raise ValueError("train_merger: no training record has an image")
 
+    text_config = AutoConfig.from_pretrained(model).get_text_config()
+    _check_attention(settings, resolved.stage, text_config)
+    positions = Positions(model)
+
     def batches(dataset: DataSet, seed: int | None) -> Batches:
-        collator = Collator(processor, dataset.has_images, settings.grey_window)
-        return Batches(dataset, Sampler(len(dataset.examples), batch, seed), collator, world)
+        layout = Layout(settings.shared_prefix)
+        collator = Collator(
+            processor, positions, dataset.has_images, layout, packed=settings.pack_length > 0,
+            grey_window=settings.grey_window,
+        )  # fmt: skip
+        lengths = tuple(map(layout.length, dataset.examples))
+        if settings.pack_length and max(lengths) > settings.pack_length:
+            longest = dataset.examples[lengths.index(max(lengths))]
+            raise ValueError(f"pack_length: {settings.pack_length} is less than the {max(lengths)} of {longest.source}")
+        sampler = Sampler(lengths, batch, seed, settings.pack_length)
+        return Batches(dataset, sampler, collator, world, settings.num_workers)
 
     train_batches = batches(train_set, settings.seed)
     num_steps = max(1, round(settings.epochs * train_batches.sampler.steps_per_epoch))
     if settings.max_steps is not None:
         num_steps = min(num_steps, settings.max_steps)
-    text_config = AutoConfig.from_pretrained(model).get_text_config()
     identity = {
         "stage": resolved.stage,
         "settings": {
@@ -121,6 +136,22 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
         fill_deepspeed_config(config, settings, batch, dtype, text_config.hidden_size), batch,
         train_batches, batches(eval_set, None) if eval_set else None, num_steps, identity,
     )  # fmt: skip
+
+
+def _check_attention(settings: Settings, stage: int, text_config) -> None:
+    """Raise ValueError where the model or its attention cannot take the mask of a shared prefix."""
+    if stage != ENHANCE or not settings.shared_prefix:
+        return
+    if settings.attention == "flash_attention_2":
+        raise ValueError(
+            "attention: flash_attention_2 takes no mask of answers that share a prompt; use sdpa, or add "
+            "--set shared_prefix=false"
+        )
+    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
+        raise ValueError(
+            "shared_prefix: this model has layers of sliding attention, which its mask would undo; add "
+            "--set shared_prefix=false"
+        )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

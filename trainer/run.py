@@ -20,6 +20,7 @@ from mede2.trainer.metrics import Metrics, read_metrics
 from mede2.trainer.objectives import Enhance, Objective, elicit
 from mede2.trainer.policy import PARTS, Policy, freeze, load_policy
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
+from mede2.trainer.rehearsal import rehearse
 from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Resolved, resolve
 from mede2.trainer.world import World
 
@@ -222,7 +223,10 @@ def _train(
         if watch:
             watch.start_lap()
 
+    steps = range(first_step, run.num_steps)
     try:
+        if steps:
+            rehearse(engine, objective, run.train, steps)
         train(
             engine, objective, run.train, settings, first_step=first_step, num_steps=run.num_steps,
             before_update=before_update, after_update=after_update,

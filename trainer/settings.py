@@ -56,6 +56,19 @@ class Settings:
     micro_batch_size: int = _setting(
         1, "Examples (Stage II: pairs) per forward on one rank.", at_least=1, harmless=True
     )
+    shared_prefix: bool = _setting(
+        True, "Run prompt and images of a pair once, with both answers behind them.", stage=ENHANCE, harmless=True
+    )
+    pack_length: int = _setting(
+        0,
+        "Tokens of a packed row, image tokens counted: a micro-batch is then one row of as many examples as fit "
+        "(0: a row for each, padded).",
+        at_least=0,
+        harmless=True,
+    )
+    num_workers: int = _setting(
+        2, "Processes on each rank that decode and collate ahead of the step (0: none).", at_least=0, harmless=True
+    )
     max_pixels: int | None = _setting(
         None, "Largest image, pixels; unset: what the model's processor says.", at_least=1
     )
@@ -135,6 +148,10 @@ class Settings:
     def __post_init__(self):
         for item in fields(self):
             _check_value(item, getattr(self, item.name))
+        if self.pack_length and self.micro_batch_size > 1:
+            raise ValueError(
+                f"pack_length: a micro-batch is one packed row; micro_batch_size must be 1, not {self.micro_batch_size}"
+            )
         if self.grey_window is not None and self.grey_window[0] >= self.grey_window[1]:
             raise ValueError(
                 f"grey_window: the low end {self.grey_window[0]} must be below the high end {self.grey_window[1]}"

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from mede2.trainer.data.batches import Totals
 from mede2.trainer.data.collate import MicroBatch
-from mede2.trainer.data.dataset import Totals
 from mede2.trainer.objectives import Enhance, elicit
 
 

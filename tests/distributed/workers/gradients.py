@@ -3,7 +3,7 @@
 import torch
 from harness import applied_gradients, main, make_batches, make_engine, make_settings, no_hook
 
-from mede2.trainer.data.dataset import Batches, Totals
+from mede2.trainer.data.batches import Batches, Totals
 from mede2.trainer.loop import train
 from mede2.trainer.objectives import Enhance, elicit
 from mede2.trainer.settings import ELICIT
@@ -28,6 +28,11 @@ CASES = {
     "enhance_triton": ("tied", "pairs", 2, "z3", {"logps": "triton", "micro_batch_size": 4}),
     "enhance_triton_untied": ("untied", "pairs", 2, "z3", {"logps": "triton", "micro_batch_size": 4}),
     "enhance_triton_bf16": ("tied", "pairs", 2, "z3", {"logps": "triton", "dtype": "bf16", "micro_batch_size": 4}),
+    "enhance_apart": ("tied", "pairs", 2, "z3", {"shared_prefix": False, "micro_batch_size": 2}),
+    "enhance_packed": ("tied", "pairs", 2, "z3", EVERY_PART | {"pack_length": 200}),
+    "enhance_packed_apart": ("tied", "pairs", 2, "z3", {"pack_length": 400, "shared_prefix": False}),
+    "enhance_packed_triton": ("tied", "pairs", 2, "z3", {"pack_length": 1000, "logps": "triton"}),
+    "elicit_packed": ("tied", "mixed", 1, "z3", {"pack_length": 130, "num_workers": 2}),
     "enhance_bf16": ("tied", "pairs", 2, "z3", {"dtype": "bf16", "micro_batch_size": 4}),
 }
 
@@ -40,6 +45,7 @@ class LocalTotals(Batches):
         examples = [self.dataset.examples[slot.index] for slot in slots]
         return Totals(
             num_examples=len(examples),
+            num_with_image=sum(bool(example.images) for example in examples),
             num_answer_tokens=sum(example.sequences[0].num_answer_tokens for example in examples),
             num_tokens=super().totals(step).num_tokens,
         )

@@ -8,8 +8,8 @@ from harness import main, make_batches, make_engine, make_settings, no_hook
 
 from mede2.trainer import reference
 from mede2.trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mede2.trainer.data.batches import Batches, Totals
 from mede2.trainer.data.collate import MicroBatch
-from mede2.trainer.data.dataset import Batches, Totals
 from mede2.trainer.engine import Engine, NonFiniteUpdate
 from mede2.trainer.export import export
 from mede2.trainer.loop import train
