@@ -130,7 +130,7 @@ def test_eager_attention_takes_the_mask_too(family, families, model_and_policy, 
     batch = collate(0, 1, packed=True)
     ours = logps_of(Policy(eager, "torch"), batch)
     expected = logps_by_hand(model, families[family], stage2_file, (0, 1))
-    torch.testing.assert_close(ours, torch.cat(expected), rtol=0, atol=1e-6)  # eager takes its softmax in fp32
+    torch.testing.assert_close(ours, torch.cat(expected), rtol=0, atol=1e-5)  # eager takes its softmax in fp32
 
 
 def test_in_fp32_a_shared_prompt_costs_no_digits(family, families, model_and_policy, collate, stage2_file):

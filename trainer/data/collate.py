@@ -1,6 +1,6 @@
 """Examples to the tensors of one micro-batch: rows, positions, answer tokens, one vision call on every rank."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -86,60 +86,43 @@ class Collator:
         self.packed, self.corruption, self.grey_window = packed, corruption, grey_window
         self.pad_token_id = processor.tokenizer.pad_token_id or 0
         if with_images:
-            self.filler_ids, self.filler_types, self.filler_pixels = self._filler()
+            self.filler, self.filler_pixels = self._filler()
 
     def __call__(self, examples: Sequence[Example], slots: list[Slot]) -> MicroBatch:
         """The micro-batch of `slots`, whose indices point into `examples`."""
         chosen = [examples[slot.index] for slot in slots]
-        pieces = [(number, piece) for number, example in enumerate(chosen) for piece in self.layout.pieces(example)]
-        rows = [pieces] if self.packed else [[piece] for piece in pieces]
-        images = [image for slot, example in zip(slots, chosen, strict=True) for image in self._images(examples, slot)]
+        placed = [(number, piece) for number, example in enumerate(chosen) for piece in self.layout.pieces(example)]
+        rows = [placed] if self.packed else [[piece] for piece in placed]
+        images = [image for slot in slots for image in self._images(examples, slot.index)]
         pixels = self._process(images)[1] if images else self.filler_pixels if self.with_images else {}
         grids = iter(pixels.get("image_grid_thw", ()))
+        parts = [[self._tokens(piece, number, grids) for number, (_, piece) in enumerate(row, 1)] for row in rows]
+        if self.with_images and not images:
+            parts[0].append(self.filler)
 
-        needs_filler = self.with_images and not images
-        ids, positions, numbers, branches, answers = [], [], [], [], []
-        for row in rows:
-            parts = []
-            start = 0
-            for place, (number, piece) in enumerate(row):
-                parts.append((piece.input_ids(), self._positions(piece, grids), place + 1, piece.branches()))
-                for side, (before, targets) in zip(piece.sides, piece.answers(), strict=True):
-                    answers.append((side * len(slots) + number, len(ids), start + before, targets))
-                start += len(piece)
-            if needs_filler and not ids:
-                parts.append((self.filler_ids, self._filler_positions(pixels), len(row) + 1, 0 * self.filler_ids))
-            ids.append(np.concatenate([part[0] for part in parts]))
-            positions.append(torch.cat([part[1] for part in parts], 1))
-            numbers.append(np.repeat([part[2] for part in parts], [len(part[0]) for part in parts]))
-            branches.append(np.concatenate([part[3] for part in parts]))
-
-        length = max(map(len, ids))
-        answers.sort(key=lambda answer: answer[0])
-        num_sides = self.layout.num_sides(chosen[0])
-        place = torch.stack([torch.nn.functional.pad(p, (0, length - p.shape[1])) for p in positions], 1)  # (k, R, T)
-        inputs = {"input_ids": _padded(ids, length, self.pad_token_id)}
-        inputs |= {"position_ids": place if len(place) > 1 else place[0]} | pixels
-        shares = any(len(piece.sequences) > 1 for _, piece in pieces)
+        tokens = self._padded([np.concatenate(row, 1) for row in parts])
+        positions = tokens[3:]
+        shares_prompts = any(len(piece.sequences) > 1 for _, piece in placed)
+        answers = _answers(rows, len(slots), tokens.shape[2])
         return MicroBatch(
-            inputs=inputs,
-            branches=torch.stack([_padded(numbers, length, 0), _padded(branches, length, 0)]) if shares else None,
-            rows=torch.from_numpy(np.concatenate([row * length + before for _, row, before, _ in answers])),
+            inputs={"input_ids": tokens[0], "position_ids": positions if len(positions) > 1 else positions[0]} | pixels,
+            branches=tokens[1:3] if shares_prompts else None,
+            rows=torch.from_numpy(np.concatenate([rows for _, rows, _ in answers])),
             targets=torch.from_numpy(np.concatenate([targets for *_, targets in answers])),
-            sequence=torch.from_numpy(np.concatenate([np.full(len(t), s) for s, _, _, t in answers])),
-            weights=torch.tensor([float(slot.weight) for slot in slots] * num_sides),
+            sequence=torch.from_numpy(np.repeat(*zip(*((number, len(t)) for number, _, t in answers), strict=True))),
+            weights=torch.tensor([float(slot.weight) for slot in slots] * self.layout.num_sides(chosen[0])),
             has_image=torch.tensor([float(bool(example.images)) for example in chosen]),
             indices=tuple(slot.index for slot in slots),
             sources=tuple(example.source for example in chosen),
         )
 
-    def _images(self, examples: Sequence[Example], slot: Slot) -> list[Image.Image]:
+    def _images(self, examples: Sequence[Example], index: int) -> list[Image.Image]:
         """The images of an example's pieces, in the order of their placeholders; each file is decoded once."""
-        example = examples[slot.index]
+        example = examples[index]
         right = [load_image(Path(path), self.grey_window) for path in example.images]
         found = []
         for piece in self.layout.pieces(example):
-            found += self._corrupted(examples, slot.index, right) if CORRUPTED in piece.sides else right
+            found += self._corrupted(examples, index, right) if CORRUPTED in piece.sides else right
         return found
 
     def _corrupted(self, examples: Sequence[Example], index: int, right: list[Image.Image]) -> list[Image.Image]:
@@ -155,16 +138,24 @@ class Collator:
                 other = load_image(Path(path), self.grey_window)
         return [corrupt(image, kind, f"{key}-{number}", other) for number, image in enumerate(right)]
 
-    def _positions(self, piece: Piece, grids) -> Tensor:
-        """(k, T) int64; takes the grids of the piece's images from `grids`."""
+    def _tokens(self, piece: Piece, number: int, grids: Iterator[Tensor]) -> np.ndarray:
+        """(3 + k, T) int64: a piece's tokens, its number in the row, branches and positions. Takes the grids of its
+        images from `grids`."""
         first = piece.sequences[0]
         ids, types = (torch.from_numpy(v[: piece.prefix]) for v in (first.input_ids, first.mm_token_type_ids))
         own = [grid for _, grid in zip(piece.images, grids, strict=False)]
         prefix = self.positions(ids, types, torch.stack(own) if own else None)
-        if len(piece.sequences) == 1:
-            return prefix
         behind = [continued(prefix, len(sequence) - piece.prefix) for sequence in piece.sequences]
-        return torch.cat([prefix, *behind], 1)
+        positions = torch.cat([prefix, *behind], 1).numpy()
+        return np.stack([piece.input_ids(), np.full(len(piece), number), piece.branches(), *positions])
+
+    def _padded(self, rows: list[np.ndarray]) -> Tensor:
+        """(3 + k, R, T) int64 from rows of (3 + k, T), filled at the right; piece 0 is padding."""
+        padded = np.zeros((len(rows[0]), len(rows), max(row.shape[1] for row in rows)), dtype=np.int64)
+        padded[0] = self.pad_token_id
+        for number, row in enumerate(rows):
+            padded[:, number, : row.shape[1]] = row
+        return torch.from_numpy(padded)
 
     def _process(self, images: list[Image.Image]) -> tuple[dict, dict[str, Tensor]]:
         """The processor's output, and those of its tensors that the model's forward takes for images."""
@@ -172,22 +163,26 @@ class Collator:
         text_keys = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
         return output, {name: tensor for name, tensor in output.items() if name not in text_keys}
 
-    def _filler(self) -> tuple[np.ndarray, np.ndarray, dict[str, Tensor]]:
-        """Tokens and zero pixels of the smallest image, for micro-batches that have none."""
+    def _filler(self) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """Tokens and zero pixels of the smallest image, for micro-batches that have none: a piece of its own, with a
+        number that no other piece has."""
         output, pixels = self._process([Image.new("RGB", (28, 28))])
-        ids = output["input_ids"][0].numpy()
-        types = output["mm_token_type_ids"][0].numpy() if "mm_token_type_ids" in output else np.zeros_like(ids)
+        ids = output["input_ids"][0]
+        types = output["mm_token_type_ids"][0] if "mm_token_type_ids" in output else torch.zeros_like(ids)
+        positions = self.positions(ids, types, pixels.get("image_grid_thw"))
         zeros = {name: torch.zeros_like(t) if t.is_floating_point() else t for name, t in pixels.items()}
-        return ids, types, zeros
-
-    def _filler_positions(self, pixels: dict[str, Tensor]) -> Tensor:
-        ids, types = torch.from_numpy(self.filler_ids), torch.from_numpy(self.filler_types)
-        return self.positions(ids, types, pixels.get("image_grid_thw"))
+        return np.stack(
+            [ids.numpy(), np.full(len(ids), -1), np.zeros(len(ids), dtype=np.int64), *positions.numpy()]
+        ), zeros
 
 
-def _padded(rows: list[np.ndarray], length: int, fill: int) -> Tensor:
-    """(R, length) int64, filled at the right."""
-    padded = np.full((len(rows), length), fill)
-    for number, row in enumerate(rows):
-        padded[number, : len(row)] = row
-    return torch.from_numpy(padded)
+def _answers(rows: list[list[tuple[int, Piece]]], num_examples: int, length: int) -> list:
+    """(sequence, flattened positions (n,), target tokens (n,)) of each answer, by the number of its sequence."""
+    found = []
+    for row, placed in enumerate(rows):
+        start = row * length
+        for number, piece in placed:
+            for side, (before, targets) in zip(piece.sides, piece.answers(), strict=True):
+                found.append((side * num_examples + number, start + before, targets))
+            start += len(piece)
+    return sorted(found, key=lambda answer: answer[0])
