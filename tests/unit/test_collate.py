@@ -129,7 +129,7 @@ def test_eager_attention_takes_the_mask_too(family, families, model_and_policy, 
     eager.set_attn_implementation("eager")
     batch = collate(0, 1, packed=True)
     ours = logps_of(Policy(eager, "torch"), batch)
-    expected = logps_by_hand(model, families[family], stage2_file, (0, 1))
+    expected = logps_by_hand(eager, families[family], stage2_file, (0, 1))
     torch.testing.assert_close(ours, torch.cat(expected), rtol=0, atol=1e-5)  # eager takes its softmax in fp32
 
 
