@@ -63,6 +63,7 @@ def train(
             raise NonFiniteUpdate(f"step {step + 1}: the loss is {metrics['loss']}; rows: {', '.join(rows)}")
         before_update(step, metrics)
         metrics["grad_norm"] = engine.update()  # raises on every rank if the engine skipped it
+        objective.observe(metrics)
         metrics["learning_rate"] = learning_rate_at(settings, step, num_steps)
         metrics["num_tokens"] = totals.num_tokens
         metrics["data_wait_ms"], feed.waited_s = 1e3 * feed.waited_s, 0.0

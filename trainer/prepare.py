@@ -102,11 +102,11 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     _check_attention(settings, resolved.stage, text_config)
     positions = Positions(model)
 
-    def batches(dataset: DataSet, seed: int | None) -> Batches:
-        layout = Layout(settings.shared_prefix)
+    def batches(dataset: DataSet, seed: int | None, corrupted: bool) -> Batches:
+        layout = Layout(settings.shared_prefix, corrupted)
         collator = Collator(
             processor, positions, dataset.has_images, layout, packed=settings.pack_length > 0,
-            grey_window=settings.grey_window,
+            corruption=(settings.corruption, settings.seed) if corrupted else None, grey_window=settings.grey_window,
         )  # fmt: skip
         lengths = tuple(map(layout.length, dataset.examples))
         if settings.pack_length and max(lengths) > settings.pack_length:
@@ -115,7 +115,8 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
         sampler = Sampler(lengths, batch, seed, settings.pack_length)
         return Batches(dataset, sampler, collator, world, settings.num_workers)
 
-    train_batches = batches(train_set, settings.seed)
+    _check_corruption(settings, train_set, eval_set)
+    train_batches = batches(train_set, settings.seed, "image_conditional" in settings.objective)
     num_steps = max(1, round(settings.epochs * train_batches.sampler.steps_per_epoch))
     if settings.max_steps is not None:
         num_steps = min(num_steps, settings.max_steps)
@@ -131,10 +132,11 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
         "eval": eval_set.fingerprint if eval_set else None,
         "reference": hash_weights(locate_model(settings.reference), world) if settings.reference else None,
     }  # fmt: skip
+    eval_batches = batches(eval_set, None, settings.corruption is not None) if eval_set else None
     return Prepared(
         resolved, world, model, output, dtype, implementation,
         fill_deepspeed_config(config, settings, batch, dtype, text_config.hidden_size), batch,
-        train_batches, batches(eval_set, None) if eval_set else None, num_steps, identity,
+        train_batches, eval_batches, num_steps, identity,
     )  # fmt: skip
 
 
@@ -152,6 +154,19 @@ def _check_attention(settings: Settings, stage: int, text_config) -> None:
             "shared_prefix: this model has layers of sliding attention, which its mask would undo; add "
             "--set shared_prefix=false"
         )
+
+
+def _check_corruption(settings: Settings, train_set: DataSet, eval_set: DataSet | None) -> None:
+    """Raise ValueError where no image is there to corrupt, or none to take another's place."""
+    if settings.corruption is None:
+        return
+    for name, dataset in {"training": train_set, "held-out": eval_set}.items():
+        if dataset is not None:
+            with_image = {example.digest for example in dataset.examples if example.images}
+            if len(with_image) < (2 if settings.corruption == "shuffle" else 1):
+                raise ValueError(
+                    f"corruption: {settings.corruption} needs images, and {len(with_image)} {name} records have one"
+                )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

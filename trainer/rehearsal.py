@@ -40,8 +40,9 @@ def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: rang
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         num_rows, length = micro_batch.inputs["input_ids"].shape
+        rows = ", ".join(micro_batch.sources)
         raise ValueError(
-            f"out of memory in the longest micro-batch, {num_rows} x {length} tokens: {', '.join(micro_batch.sources)}. "
-            "Lower micro_batch_size or pack_length, lower --max-pixels, leave such rows out, or set "
+            f"out of memory in the longest micro-batch, {num_rows} x {length} tokens, of {rows}: lower "
+            "micro_batch_size, pack_length or --max-pixels, leave out such rows, or set "
             f"activation_checkpointing=true ({str(error).splitlines()[0]})"
         ) from error

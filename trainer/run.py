@@ -1,5 +1,6 @@
 """One run of a stage, from settings to a verified model: the order in which everything happens."""
 
+import dataclasses
 import time
 from datetime import datetime
 from importlib.metadata import version
@@ -9,7 +10,8 @@ import torch
 
 from mede2.trainer import reference
 from mede2.trainer.checkpoint import load_checkpoint, save_checkpoint
-from mede2.trainer.data.dataset import DataSet, write_bad_rows
+from mede2.trainer.data.batches import Batches
+from mede2.trainer.data.dataset import write_bad_rows
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import Engine, make_optimizer
@@ -59,6 +61,7 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     first_step = 0
     if checkpoint:
         load_checkpoint(engine, checkpoint)
+        objective.load_state_dict(checkpoint.objective)
         first_step = checkpoint.step
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
     _train(run, engine, objective, held_out_objective, first_step)
@@ -116,9 +119,13 @@ def _objectives_and_engine(run: Prepared) -> tuple[Objective, Objective | None, 
     if run.stage == ELICIT:
         return elicit, elicit, _engine(run)
     settings = run.settings
+    if not settings.needs_reference:
+        run.world.say(f"objective {', '.join(settings.objective)}: nothing in it reads a reference, none is computed")
+        objective = Enhance(settings, None)
+        return objective, objective if run.held_out else None, _engine(run)
     sets = {"train": run.train} | ({"eval": run.held_out} if run.held_out else {})
     folder = Path(settings.reference_cache or run.output.parent / "reference_cache")
-    components = {name: _reference_components(run, batches.dataset) for name, batches in sets.items()}
+    components = {name: _reference_components(run, batches) for name, batches in sets.items()}
     found = run.world.on_main(lambda: {
         name: reference.read_cache(folder, components[name], len(batches.dataset.examples))
         for name, batches in sets.items()
@@ -136,12 +143,9 @@ def _objectives_and_engine(run: Prepared) -> tuple[Objective, Objective | None, 
     for name in found.keys() - missing:
         run.world.say(f"reference log-probabilities of the {name} records: found in {folder}")
     engine = _engine(run)
-
-    def objective(name: str) -> Enhance:
-        values = found[name].to(run.world.device)
-        return Enhance(values, settings.beta, settings.label_smoothing, settings.nll_weight)
-
-    return objective("train"), objective("eval") if run.held_out else None, engine
+    values = {name: found[name].to(run.world.device) for name in found}
+    objective = Enhance(settings, values["train"])
+    return objective, dataclasses.replace(objective, reference=values["eval"]) if run.held_out else None, engine
 
 
 class _Ticker:
@@ -156,11 +160,12 @@ class _Ticker:
             self.world.say(f"  reference pass {done}/{total}")
 
 
-def _reference_components(run: Prepared, dataset: DataSet) -> dict[str, str]:
+def _reference_components(run: Prepared, batches: Batches) -> dict[str, str]:
     return {
         "weights": run.identity["reference"] or run.identity["model"],
         "processor": run.identity["processor"],
-        "records": dataset.fingerprint,
+        "records": batches.dataset.fingerprint,
+        "corruption": str(batches.collator.corruption),
         "dtype": str(run.dtype),
         "attention": run.settings.attention,
         "log-probabilities": run.implementation,
@@ -203,7 +208,7 @@ def _train(
 
     def before_update(step: int, metrics: dict[str, float]) -> None:
         gap = metrics.pop("rewards/margins_abs", 0.0)
-        if step == 0 and not settings.reference and gap > START_TOLERANCE[engine.dtype]:
+        if step == 0 and settings.needs_reference and not settings.reference and gap > START_TOLERANCE[engine.dtype]:
             raise ValueError(
                 f"before the first update the margins must be zero, and their mean size is {gap:.2e} (allowed: "
                 f"{START_TOLERANCE[engine.dtype]:.0e}): the reference is not the starting policy"
@@ -219,7 +224,7 @@ def _train(
         if watch:
             watch.row(done, metrics, seconds)
         if done == run.num_steps or (settings.save_every and done % settings.save_every == 0):
-            save_checkpoint(engine, run.output / "checkpoints", done, run.identity)
+            save_checkpoint(engine, run.output / "checkpoints", done, run.identity, objective.state_dict())
         if watch:
             watch.start_lap()
 

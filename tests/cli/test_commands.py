@@ -61,7 +61,7 @@ def test_a_run_leaves_a_model_its_settings_and_its_metrics(stage1):
 
 def test_stage2_reports_rewards_and_starts_at_log_two(stage2):
     first, *_, last = (json.loads(line) for line in (stage2 / "metrics.jsonl").read_text().splitlines())
-    assert first["loss/preference"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert first["loss/sigmoid"] == pytest.approx(0.6931471805599453, abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert last["eval/rewards/margins"] > 0
     assert {

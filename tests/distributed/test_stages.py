@@ -50,7 +50,7 @@ def test_stage_two_starts_where_stage_one_ended(folders):
     for runs in folders.values():
         first = rows(runs["stage2"])[0]
         assert abs(first["rewards/margins"]) <= 1e-5
-        assert first["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
+        assert first["loss/sigmoid"] == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_the_cached_reference_serves_a_second_run(folders):

@@ -59,7 +59,7 @@ def one_update(world: World, job: dict, case: str, batches_type: type[Batches] =
     objective = elicit
     if stage != ELICIT:
         reference = torch.tensor(job["reference"], dtype=torch.float64)
-        objective = Enhance(reference, settings.beta, settings.label_smoothing, nll_weight=1.0)
+        objective = Enhance(settings, reference)
     engine = make_engine(world, job["models"][model], settings, zero)
     result = {}
 

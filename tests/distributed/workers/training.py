@@ -38,7 +38,7 @@ def run(
 
 def enhance(job: dict, settings: Settings) -> Enhance:
     reference = torch.tensor(job["reference"], dtype=torch.float64)
-    return Enhance(reference, settings.beta, settings.label_smoothing, settings.nll_weight)
+    return Enhance(settings, reference)
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ def frozen_elicit(world: World, job: dict) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Poisoned:
+class Poisoned(Objective):
     """An objective that goes wrong in one row: its loss becomes `factor` times itself, or only its gradient does."""
 
     objective: Objective
@@ -108,7 +108,8 @@ def bf16(world: World, job: dict) -> dict:
 
 def resume(world: World, job: dict) -> dict:
     """Five updates of two an epoch without a break; then the last two again in a fresh engine from a checkpoint."""
-    settings = make_settings(2, global_batch_size=4, micro_batch_size=2, adam_beta1=0.9)
+    mix = {"sigmoid": 0.8, "bco_pair_shifted": 0.2, "nll": 1.0}  # with a state that must come back
+    settings = make_settings(2, global_batch_size=4, micro_batch_size=2, adam_beta1=0.9, objective=mix)
     model, folder = job["models"]["tied"], Path(job["checkpoints"])
     batches = make_batches(world, model, job["records"]["pairs"], 2, settings)
     objective = enhance(job, settings)
@@ -118,7 +119,7 @@ def resume(world: World, job: dict) -> dict:
 
     def save(step: int, metrics: dict[str, float]) -> None:
         if step == 2:
-            save_checkpoint(engine, folder, 3, identity)
+            save_checkpoint(engine, folder, 3, identity, objective.state_dict())
             drawn["after saving"] = torch.rand(4)
 
     engine = make_engine(world, model, settings)
@@ -135,6 +136,8 @@ def resume(world: World, job: dict) -> dict:
     torch.manual_seed(7)
     engine = make_engine(world, model, settings)
     load_checkpoint(engine, checkpoint)
+    objective = enhance(job, settings)
+    objective.load_state_dict(checkpoint.objective)
     drawn["after loading"] = torch.rand(4)
     losses_resumed = run(engine, objective, batches, settings, 5, first_step=checkpoint.step)
     resumed = weights(engine)
@@ -203,7 +206,7 @@ def reference_cache(world: World, job: dict) -> dict:
             found.update(metrics)
             raise Enough
 
-        objective = Enhance(values, settings.beta, settings.label_smoothing, settings.nll_weight)
+        objective = Enhance(settings, values)
         try:
             train(
                 engine, objective, batches, settings, first_step=0, num_steps=1, before_update=before_update,
