@@ -149,7 +149,7 @@ def records(tmp_path_factory) -> dict[str, str]:
         image.putdata(pixels)
         image.save(folder / f"{number}.png")
         names.append(f"{number}.png")
-    rows: dict[str, list[dict]] = {"texts": [], "mixed": [], "pairs": []}
+    rows: dict[str, list[dict]] = {"texts": [], "mixed": [], "pairs": [], "long": []}
     for number, answer in enumerate(ANSWERS):
         text = {"type": "text", "text": f"Case {number}: which finding? " + "Write the zones. " * (number % 3)}
         parts, images = ([{"type": "image"}, text], [names[number]]) if number % 2 == 0 else ([text], [])
@@ -160,6 +160,9 @@ def records(tmp_path_factory) -> dict[str, str]:
             "prompt": [{"role": "user", "content": parts}], "chosen": say(answer),
             "rejected": say(ANSWERS[(number + 3) % len(ANSWERS)]), "images": images,
         })  # fmt: skip
+    for number, length in enumerate((20, 6000)):
+        prompt = [{"role": "user", "content": f"Case {number}: " + "a " * length}]
+        rows["long"].append({"prompt": prompt, "chosen": say("mass"), "rejected": say("clear")})
     for name, values in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values), encoding="utf-8")
     return {name: str(folder / f"{name}.jsonl") for name in rows}

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from transformers import AutoModelForImageTextToText
 
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.collate import Collator
+from mede2.trainer.data.corruption import corrupt
 from mede2.trainer.data.dataset import load_dataset
 from mede2.trainer.data.encoding import Encoder
+from mede2.trainer.data.images import load_image
 from mede2.trainer.data.layout import Layout
 from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.sampler import Sampler, Slot
@@ -121,6 +125,41 @@ def test_logps_are_those_of_the_models_own_logits(
         torch.testing.assert_close(ours[batch.sequence == number], logps, **TOLERANCE)
     spread = torch.cat(expected).std()
     assert spread > 0.1, "the model answers everything alike, so this comparison proves nothing"
+
+
+@pytest.mark.parametrize("kind", ["blank", "shuffle"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_third_side_is_the_chosen_answer_under_a_corrupted_image(
+    families, family, positions, model_and_policy, examples, packed, kind
+):
+    """Pairs 6 (three images), 1 (none) and 0: the first two sides as ever, the third what a record with those images
+    gives; a pair without an image has no tokens there."""
+    _, policy = model_and_policy
+    make = partial(Collator, families[family], positions, True, packed=packed)
+    batch = make(Layout(corrupted=True), corruption=(kind, 3))(examples, slots(6, 1, 0))
+    plain = make(Layout())(examples, slots(6, 1, 0))
+    logps, usual = logps_of(policy, batch), logps_of(policy, plain)
+    assert len(batch.weights) == 9
+    torch.testing.assert_close(logps[batch.sequence < 6], usual, **TOLERANCE)
+    assert sorted(set(batch.sequence.tolist())) == [0, 1, 2, 3, 4, 5, 6, 8]
+    again = make(Layout(corrupted=True), corruption=(kind, 3))(examples, slots(0))
+    expected = logps_of(policy, again)[again.sequence == 2]
+    torch.testing.assert_close(logps[batch.sequence == 8], expected, **TOLERANCE)
+    assert (logps[batch.sequence == 8] - logps[batch.sequence == 2]).abs().max() > 1e-3
+    assert batch.targets[batch.sequence == 8].tolist() == batch.targets[batch.sequence == 2].tolist()
+
+
+def test_corrupted_pixels_come_where_their_piece_does(families, family, positions, examples):
+    """Right images, then their corruptions, example by example; another seed draws others."""
+    processor, example = families[family], examples[6]
+    make = partial(Collator, processor, positions, True, Layout(corrupted=True))
+    batch = make(corruption=("crop", 3))(examples, slots(6))
+    right = [load_image(Path(path)) for path in example.images]
+    wrong = [corrupt(image, "crop", f"{example.digest}-3-{number}") for number, image in enumerate(right)]
+    expected = processor(text=[processor.image_token * 6], images=right + wrong, return_tensors="pt")
+    assert torch.equal(batch.inputs["pixel_values"], expected["pixel_values"])
+    other = make(corruption=("crop", 4))(examples, slots(6))
+    assert not torch.equal(batch.inputs["pixel_values"], other.inputs["pixel_values"])
 
 
 def test_eager_attention_takes_the_mask_too(family, families, model_and_policy, collate, stage2_file):
