@@ -62,6 +62,7 @@ class Enhance:
         loss = preference + self.nll_weight * nll
 
         margins = chosen_rewards - rejected_rewards
+        lengths = batch.sequence.bincount(minlength=2 * num_pairs)
         means = {
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
@@ -70,6 +71,8 @@ class Enhance:
             "rewards/accuracies": (margins > 0).double(),
             "logps/chosen": policy_chosen_logps.detach(),
             "logps/rejected": policy_rejected_logps.detach(),
+            "length/chosen": lengths[:num_pairs],  # answer tokens
+            "length/rejected": lengths[num_pairs : 2 * num_pairs],
         }
         stats = {"loss": loss.detach(), "loss/preference": preference.detach(), "loss/nll": nll.detach()}
         return loss, stats | {name: (values * share).sum() for name, values in means.items()}

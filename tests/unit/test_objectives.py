@@ -50,6 +50,7 @@ def test_enhance_by_hand():
             "loss": 1.053428, "loss/preference": 0.220095, "loss/nll": 5 / 3,
             "rewards/chosen": 0.75, "rewards/rejected": -0.75, "rewards/margins": 1.5, "rewards/margins_abs": 1.5,
             "rewards/accuracies": 1.0, "logps/chosen": -2.5, "logps/rejected": -3.0,
+            "length/chosen": 1.5, "length/rejected": 1.5,
         }, abs=1e-6,
     )  # fmt: skip
 
@@ -67,8 +68,9 @@ def test_enhance_supervises_chosen_tokens_only():
     gradients = []
     for nll_weight in (0.0, 3.0):
         logps, batch = micro_batch([[-1.0, -1.0], [-4.0, -2.0, -1.0]], [1.0, 1.0], (3,))
-        loss, _ = Enhance(REFERENCE, 1.0, 0.0, nll_weight)(logps, batch, totals(1, 2))
+        loss, stats = Enhance(REFERENCE, 1.0, 0.0, nll_weight)(logps, batch, totals(1, 2))
         loss.backward()
+        assert (stats["length/chosen"], stats["length/rejected"]) == (2, 3)
         gradients.append(logps.grad)
     torch.testing.assert_close(gradients[1] - gradients[0], torch.tensor([-1.5, -1.5, 0.0, 0.0, 0.0]))
 
