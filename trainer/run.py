@@ -21,6 +21,7 @@ from mede2.trainer.objectives import Enhance, Objective, elicit
 from mede2.trainer.policy import PARTS, Policy, freeze, load_policy
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
 from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Resolved, resolve
+from mede2.trainer.weights_and_biases import check_wandb, start_wandb, started_run
 from mede2.trainer.world import World
 
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # mean |margin| before the first update
@@ -38,6 +39,8 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         ValueError: anything that a user can mend, before the first update.
     """
     started = time.perf_counter()
+    if resolved.settings.wandb:
+        world.on_main(check_wandb)
     output = Path(resolved.settings.output or f"runs/stage{resolved.stage}")
     if resolved.stage == ENHANCE and resolved.settings.model is None:
         resolved = _start_from_stage1(resolved, deepspeed_file, output, world)
@@ -52,6 +55,8 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         world.say(f"{output} holds this very run, done; --resume never runs it again")
         return output
     world.on_main(lambda: _write_inputs(run))
+    if run.settings.wandb:
+        world.on_main(lambda: start_wandb(run.settings, output, STAGE_NAMES[run.stage]))
     torch.manual_seed(run.settings.seed)
 
     objective, held_out_objective, engine = _objectives_and_engine(run)
@@ -89,6 +94,8 @@ def _start_from_stage1(resolved: Resolved, deepspeed_file: str, output: Path, wo
         layers = [("embedded default", defaults.recipe(ELICIT)), ("Stage II's flag", {"output": str(stage1)})]
         if resolved.settings.dry_run:
             layers.append(("Stage II's flag", {"dry_run": True}))
+        if resolved.settings.wandb:
+            layers.append(("Stage II's flag", {"wandb": resolved.settings.wandb}))
         run_stage(resolve(ELICIT, layers), deepspeed_file, world)
         if resolved.settings.dry_run:
             return resolved.replaced("embedded default (a dry run trains no Stage I)", model=str(defaults.BASE_MODEL))
@@ -198,7 +205,10 @@ def _train(
 ) -> None:
     """The loop with its watching, evaluating and saving."""
     settings, world = run.settings, run.world
-    watch = Metrics(run.output, first_step, run.num_steps, f"stage {run.stage}") if world.is_main else None
+    watch = None
+    if world.is_main:
+        tracker = started_run() if settings.wandb else None
+        watch = Metrics(run.output, first_step, run.num_steps, f"stage {run.stage}", tracker)
 
     def before_update(step: int, metrics: dict[str, float]) -> None:
         gap = metrics.pop("rewards/margins_abs", 0.0)

@@ -73,6 +73,11 @@ class Settings:
         "moved aside); PATH: continue that checkpoint.",
         harmless=True,
     )
+    wandb: str | None = _setting(
+        None,
+        "Project of Weights & Biases that gets the metrics and alarms too (pip install 'mede2[watch]').",
+        harmless=True,
+    )
     dry_run: bool = _setting(False, "Check settings and data, print what would run, train nothing.", harmless=True)
 
     nll_weight: float = _setting(
