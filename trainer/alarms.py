@@ -12,6 +12,7 @@ WINDOW = 32  # updates that an alarm looks back on; fewer would take a few odd b
 CLEAR = 0.5  # well below 1, so that an alarm does not flicker about its threshold
 STRONG = 0.7  # correlation: half of the variance; over 32 updates noise gives it once in 250,000 windows
 PAID = 0.1  # of the margins by the chosen answers: less is the common small dip of DPO, not its failure
+UNEQUAL = 0.05  # of an answer's length: answers nearer than that differ in what they say, not in how long they are
 WRONG = 0.005  # share of pairs: the gradient of DPO fades with them
 SPIKE = 10.0  # times the median: far beyond the spread of honest batches, well below a divergence
 QUIET: Reading = (0.0, "")
@@ -44,13 +45,15 @@ def length_drift(rows: Sequence[Row]) -> Reading:
     """
     if not _full(rows, "length/chosen", "length/rejected", "rewards/margins"):
         return QUIET
-    longer = [row["length/chosen"] - row["length/rejected"] for row in rows]
+    chosen, rejected = _series(rows, "length/chosen"), _series(rows, "length/rejected")
+    longer = [one - other for one, other in zip(chosen, rejected, strict=True)]
     margins, time = _series(rows, "rewards/margins"), range(len(rows))
     common = _correlation(longer, margins)
     of_longer, of_margins = _correlation(time, longer), _correlation(time, margins)
     free = (1 - of_longer**2) * (1 - of_margins**2)
     partial = (common - of_longer * of_margins) / math.sqrt(free) if free > 1e-12 else 0.0
-    return abs(partial) / STRONG, (
+    unequal = statistics.fmean(map(abs, longer)) / max(statistics.fmean(chosen), 1.0)
+    return min(abs(partial) / STRONG, unequal / UNEQUAL), (
         f"margins follow the answers' length (correlation {partial:+.2f} of rewards/margins with length/chosen - "
         "length/rejected); balance the lengths of the pairs"
     )

@@ -98,6 +98,15 @@ def test_silent_where_the_chosen_answers_fall_alone():
     assert sound(rows) == []
 
 
+def test_silent_where_answers_are_nearly_of_one_length():
+    """A token more or less says something else; margins may well follow it."""
+    rows = honest()
+    length_drift(rows)
+    for row in rows:
+        row["length/rejected"] = row["length/chosen"] - (row["length/chosen"] - 60) / 5
+    assert sound(rows) == []
+
+
 def test_stage_one_has_alarms_for_what_it_measures():
     rows = [{"step": row["step"], "loss": row["loss"], "grad_norm": row["grad_norm"]} for row in honest()]
     gradient_spike(rows)
