@@ -28,7 +28,7 @@ class Offload:
         self.bytes_moved = 0
         layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
         if not layers:
-            raise ValueError(f"activation_offload: no layer of {type(model).__name__} can be checkpointed; set it false")
+            raise ValueError(f"activation_offload: no layer of {type(model).__name__} can be checkpointed")
         for layer in layers:
             layer._gradient_checkpointing_func = partial(self._checkpoint, layer._gradient_checkpointing_func)
 
