@@ -111,6 +111,8 @@ class Enhance(Objective):
             "rewards/accuracies": (margins > 0).double(),
             "logps/chosen": pairs.chosen.logps.detach(),
             "logps/rejected": pairs.rejected.logps.detach(),
+            "length/chosen": pairs.chosen.num_tokens,
+            "length/rejected": pairs.rejected.num_tokens,
         }
         stats |= {name: (values * per_pair).sum() for name, values in means.items()}
         if pairs.corrupted:

@@ -24,6 +24,7 @@ from mede2.trainer.policy import PARTS, Policy, freeze, load_policy
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
 from mede2.trainer.rehearsal import rehearse
 from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Resolved, resolve
+from mede2.trainer.weights_and_biases import check_wandb, start_wandb, started_run
 from mede2.trainer.world import World
 
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # mean |margin| before the first update
@@ -41,6 +42,8 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         ValueError: anything that a user can mend, before the first update.
     """
     started = time.perf_counter()
+    if resolved.settings.wandb:
+        world.on_main(check_wandb)
     output = Path(resolved.settings.output or f"runs/stage{resolved.stage}")
     if resolved.stage == ENHANCE and resolved.settings.model is None:
         resolved = _start_from_stage1(resolved, deepspeed_file, output, world)
@@ -55,6 +58,8 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         world.say(f"{output} holds this very run, done; --resume never runs it again")
         return output
     world.on_main(lambda: _write_inputs(run))
+    if run.settings.wandb:
+        world.on_main(lambda: start_wandb(run.settings, output, STAGE_NAMES[run.stage]))
     torch.manual_seed(run.settings.seed)
 
     objective, held_out_objective, engine = _objectives_and_engine(run)
@@ -90,9 +95,9 @@ def _start_from_stage1(resolved: Resolved, deepspeed_file: str, output: Path, wo
     stage1 = output.parent / "stage1"
     if not world.on_main((stage1 / SUMMARY).exists):
         world.say(f"no --model and no finished Stage I in {stage1}: running Stage I first, with its embedded default")
-        layers = [("embedded default", defaults.recipe(ELICIT)), ("Stage II's flag", {"output": str(stage1)})]
-        if resolved.settings.dry_run:
-            layers.append(("Stage II's flag", {"dry_run": True}))
+        given = {name: getattr(resolved.settings, name) for name in ("dry_run", "wandb", "nvme_path")}
+        passed = {name: value for name, value in given.items() if value} | {"output": str(stage1)}
+        layers = [("embedded default", defaults.recipe(ELICIT)), ("Stage II's flag", passed)]
         run_stage(resolve(ELICIT, layers), deepspeed_file, world)
         if resolved.settings.dry_run:
             return resolved.replaced("embedded default (a dry run trains no Stage I)", model=str(defaults.BASE_MODEL))
@@ -196,6 +201,7 @@ def _load(run: Prepared, folder: Path) -> Policy:
     return load_policy(
         folder, dtype=run.dtype, attention=run.settings.attention, implementation=run.implementation,
         deepspeed_config=run.config, activation_checkpointing=run.settings.activation_checkpointing,
+        activation_offload=run.settings.activation_offload,
     )  # fmt: skip
 
 
@@ -204,7 +210,10 @@ def _train(
 ) -> None:
     """The loop with its watching, evaluating and saving."""
     settings, world = run.settings, run.world
-    watch = Metrics(run.output, first_step, run.num_steps, f"stage {run.stage}") if world.is_main else None
+    watch = None
+    if world.is_main:
+        tracker = started_run() if settings.wandb else None
+        watch = Metrics(run.output, first_step, run.num_steps, f"stage {run.stage}", tracker)
 
     def before_update(step: int, metrics: dict[str, float]) -> None:
         gap = metrics.pop("rewards/margins_abs", 0.0)

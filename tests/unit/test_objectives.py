@@ -63,6 +63,7 @@ def test_enhance_by_hand():
             "loss": 1.053428, "loss/sigmoid": 0.220095, "loss/nll": 5 / 3,
             "rewards/chosen": 0.75, "rewards/rejected": -0.75, "rewards/margins": 1.5, "rewards/margins_abs": 1.5,
             "rewards/accuracies": 1.0, "logps/chosen": -2.5, "logps/rejected": -3.0,
+            "length/chosen": 1.5, "length/rejected": 1.5,
         }, abs=1e-6,
     )  # fmt: skip
 
@@ -87,8 +88,9 @@ def test_nll_supervises_chosen_tokens_only():
     gradients = []
     for mix in ({"sigmoid": 1.0}, {"sigmoid": 1.0, "nll": 3.0}):
         logps, batch = micro_batch([[-1.0, -1.0], [-4.0, -2.0, -1.0]], [1.0, 1.0], (3,))
-        loss, _ = enhance(mix)(logps, batch, totals(1, 2))
+        loss, stats = enhance(mix)(logps, batch, totals(1, 2))
         loss.backward()
+        assert (stats["length/chosen"], stats["length/rejected"]) == (2, 3)
         gradients.append(logps.grad)
     torch.testing.assert_close(gradients[1] - gradients[0], torch.tensor([-1.5, -1.5, 0.0, 0.0, 0.0]))
 
