@@ -266,6 +266,34 @@ def _qwen3_vl_config(qwen2_5_vl):
 
 
 @pytest.fixture(scope="session")
+def family_files(tmp_path_factory, write_image, write_rows, user, assistant) -> dict[int, Path]:
+    """Rows with 1, 0, 3 and 2 images of several sizes, by stage. Stage I: two turns, the last image in the second."""
+    folder = tmp_path_factory.mktemp("family_files")
+    sizes = [(48, 32), (96, 64), (32, 80), (64, 64)]
+    demonstrations, pairs, written = [], [], 0
+    for number in (1, 0, 3, 2):
+        images = []
+        for _ in range(number):
+            images.append(write_image(folder / f"{written}.png", *sizes[written % len(sizes)], seed=written).name)
+            written += 1
+        in_second = min(number, 1)
+        turns = [
+            user(f"Case {number}: where?", number - in_second),
+            assistant("<think>" + "left " * number + "</think>mass"),
+            user("And here?", in_second),
+            assistant("clear" + ", and so on" * (3 - number)),
+        ]
+        prompt = [user(f"Case {number}: which finding?", number)]
+        rejected = [assistant("no finding" + " at all" * (4 - number))]
+        with_images = {"images": images} if images else {}
+        demonstrations.append({"messages": turns} | with_images)
+        pairs.append({"prompt": prompt, "chosen": turns[1:2], "rejected": rejected} | with_images)
+    return {
+        1: write_rows(folder / "stage1.jsonl", demonstrations), 2: write_rows(folder / "stage2.jsonl", pairs)
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
 def families(family_folders) -> dict:
     """The processor of each of `family_folders`."""
     from mede2.trainer.data.processing import load_processor

@@ -18,7 +18,6 @@ from mede2.trainer.settings import ELICIT, ENHANCE
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl3")
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-SIZES = ((48, 32), (96, 64), (32, 80), (64, 64))  # of the images; in turn
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -35,33 +34,6 @@ def policy(family, family_folders):
 def alone(family, family_folders):
     """The model as transformers loads it."""
     return AutoModelForImageTextToText.from_pretrained(family_folders[family], dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, write_image, write_rows, user, assistant) -> dict[int, Path]:
-    """Rows with 0, 1, 2 and 3 images, by stage. Stage I: two turns, the last image in the second one."""
-    folder = tmp_path_factory.mktemp("families")
-    demonstrations, pairs, written = [], [], 0
-    for number in (1, 0, 3, 2):
-        images = []
-        for _ in range(number):
-            images.append(write_image(folder / f"{written}.png", *SIZES[written % len(SIZES)], seed=written).name)
-            written += 1
-        in_second = min(number, 1)
-        turns = [
-            user(f"Case {number}: where?", number - in_second),
-            assistant("<think>" + "left " * number + "</think>mass"),
-            user("And here?", in_second),
-            assistant("clear" + ", and so on" * (3 - number)),
-        ]
-        with_images = {"images": images} if images else {}
-        demonstrations.append({"messages": turns} | with_images)
-        prompt = {"prompt": [user(f"Case {number}: which finding?", number)]}
-        answers = {"chosen": turns[1:2], "rejected": [assistant("no finding" + " at all" * (4 - number))]}
-        pairs.append(prompt | answers | with_images)
-    return {
-        ELICIT: write_rows(folder / "stage1.jsonl", demonstrations), ENHANCE: write_rows(folder / "stage2.jsonl", pairs)
-    }  # fmt: skip
 
 
 @pytest.fixture
@@ -131,10 +103,10 @@ def conversations(processor, file: Path) -> dict[tuple[int, int], Conversation]:
 
 
 @pytest.mark.parametrize("stage", [ELICIT, ENHANCE])
-def test_tokens_are_those_of_the_template_over_the_whole_conversation(families, family, encode, files, stage):
+def test_tokens_are_those_of_the_template_over_the_whole_conversation(families, family, encode, family_files, stage):
     processor = families[family]
-    examples = encode(files[stage], stage)
-    for (side, index), conversation in conversations(processor, files[stage]).items():
+    examples = encode(family_files[stage], stage)
+    for (side, index), conversation in conversations(processor, family_files[stage]).items():
         sequence = examples[index].sequences[side]
         length = len(sequence)
         assert sequence.input_ids.tolist() == conversation.ids[:length].tolist()
@@ -148,11 +120,11 @@ def test_tokens_are_those_of_the_template_over_the_whole_conversation(families, 
 @pytest.mark.parametrize("indices", [(0, 1, 2, 3), (3, 1), (1,), (2,)], ids=lambda indices: "-".join(map(str, indices)))
 @pytest.mark.parametrize("stage", [ELICIT, ENHANCE])
 def test_logps_are_those_of_the_models_own_logits(
-    families, family, policy, alone, encode, files, stage, indices
+    families, family, policy, alone, encode, family_files, stage, indices
 ):  # fmt: skip
     """Of micro-batches of 0 to 3 images a row, against one unpadded conversation at a time."""
-    true = conversations(families[family], files[stage])
-    ours = our_logps(policy, families[family], encode(files[stage], stage), indices)
+    true = conversations(families[family], family_files[stage])
+    ours = our_logps(policy, families[family], encode(family_files[stage], stage), indices)
     for (side, index), logps in ours.items():
         torch.testing.assert_close(logps, true[side, index].logps(alone), **TOLERANCE)
     assert torch.cat(list(ours.values())).std() > 0.3, "all tokens are alike to the model, so this proves nothing"
