@@ -133,10 +133,11 @@ def test_logps_are_those_of_the_models_own_logits(
 def test_images_go_to_their_own_placeholders(
     families, family, policy, alone, encode, tmp_path, write_image, write_rows, user, assistant
 ):
-    """Two images of one size in two orders: each order has the model's own log-probabilities, and they differ."""
-    names = [write_image(tmp_path / f"{seed}.png", 64, 64, seed).name for seed in (1, 2)]
-    pair = {"prompt": [user("Which of both?", 2)], "chosen": [assistant("the first")], "rejected": [assistant("none")]}
-    file = write_rows(tmp_path / "rows.jsonl", [pair | {"images": names}, pair | {"images": names[::-1]}])
+    """Images of one size in two orders: each order has the model's own log-probabilities, and they differ."""
+    first, second, third = (write_image(tmp_path / f"{seed}.png", 64, 64, seed).name for seed in range(3))
+    pair = {"prompt": [user("Which one?", 3)], "chosen": [assistant("the first")], "rejected": [assistant("none")]}
+    orders = [[first, second, third], [first, third, second]]
+    file = write_rows(tmp_path / "rows.jsonl", [pair | {"images": order} for order in orders])
     ours = our_logps(policy, families[family], encode(file, ENHANCE), (0, 1))
     for of_sequence, conversation in conversations(families[family], file).items():
         torch.testing.assert_close(ours[of_sequence], conversation.logps(alone), **TOLERANCE)
