@@ -1,6 +1,7 @@
 """Qwen2.5-VL, Qwen3-VL and InternVL3: tokens, pixels and log-probabilities are those of each model by itself."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from mede2.trainer.data.collate import Collator
 from mede2.trainer.data.dataset import load_dataset
 from mede2.trainer.data.encoding import Encoder
-from mede2.trainer.data.processing import load_processor, locate_model
+from mede2.trainer.data.processing import describe_processor, load_processor, locate_model, save_processor
 from mede2.trainer.data.sampler import Slot
 from mede2.trainer.policy import load_policy
 from mede2.trainer.settings import ELICIT, ENHANCE
@@ -143,6 +144,39 @@ def test_images_go_to_their_own_placeholders(
         torch.testing.assert_close(ours[of_sequence], conversation.logps(alone), **TOLERANCE)
     for side in range(2):
         assert (ours[side, 0] - ours[side, 1]).abs().max() > 1e-2
+
+
+def older_names(folder: Path) -> None:
+    """The limits as the published Qwen2.5-VL states them, in its preprocessor_config.json."""
+    path = folder / "preprocessor_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    size = config.pop("size")
+    config |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [*((name, None) for name in FAMILIES), ("qwen2_5_vl", older_names)],
+    ids=[*FAMILIES, "qwen2_5_vl_as_published"],
+)  # fmt: skip
+def test_max_pixels_limits_the_images_and_goes_along_with_the_export(tmp_path, family_folders, name, change):
+    """2048 pixels are 6 tokens of Qwen's (32 x 48), or 12 of InternVL's (two tiles and a thumbnail)."""
+    source, exported = tmp_path / "source", tmp_path / "exported"
+    shutil.copytree(family_folders[name], source)
+    if change:
+        change(source)
+
+    def num_tokens(processor) -> int:
+        inputs = processor(text=[processor.image_token], images=[Image.new("RGB", (64, 96))])
+        return inputs["input_ids"][0].count(processor.image_token_id)
+
+    limited = load_processor(source, max_pixels=2048)
+    assert num_tokens(load_processor(source)) >= 24
+    assert num_tokens(limited) == {"internvl3": 12}.get(name, 6)
+    exported.mkdir()
+    shutil.copyfile(source / "config.json", exported / "config.json")
+    save_processor(source, exported, max_pixels=2048)
+    assert describe_processor(load_processor(exported)) == describe_processor(limited)
 
 
 INTERNVL_CHAT = {"model_type": "internvl_chat", "architectures": ["InternVLChatModel"]}

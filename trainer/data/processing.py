@@ -108,17 +108,26 @@ def load_processor(model: Path, max_pixels: int | None = None):
     if processor.tokenizer.eos_token is None:
         raise ValueError(f"model: the tokenizer of {model} names no end-of-sequence token")
     if max_pixels is not None:
-        size = processor.image_processor.size
-        if size.get("longest_edge") is None or size.get("shortest_edge") is None:
-            raise ValueError(
-                f"max_pixels: the image processor of {model} has no pixel limit (its size is {dict(size)})"
-            )
-        if max_pixels < size["shortest_edge"]:
-            raise ValueError(f"max_pixels: {max_pixels} is below the least that {model} takes, {size['shortest_edge']}")
-        processor = _image_only(base).from_pretrained(
-            model, size={"shortest_edge": size["shortest_edge"], "longest_edge": max_pixels}
-        )
+        limit = _pixel_limit(model, processor.image_processor, max_pixels)
+        processor = _image_only(base).from_pretrained(model, **limit)
     return processor
+
+
+def _pixel_limit(model: Path, image_processor, max_pixels: int) -> dict:
+    """What limits images to `max_pixels` in the configuration of an image processor."""
+    size, most_tiles = image_processor.size, getattr(image_processor, "max_patches", None)
+    if size.get("longest_edge") and size.get("shortest_edge"):  # Qwen's, of the whole image
+        least = size["shortest_edge"]
+        limit = {"size": {"shortest_edge": least, "longest_edge": max_pixels}}
+        limit["max_pixels"] = max_pixels  # its older name, which wins where a published file still has it
+    elif most_tiles and size.get("height") and size.get("width"):  # InternVL's, of its tiles but for the thumbnail
+        least = size["height"] * size["width"]
+        limit = {"max_patches": max_pixels // least}
+    else:
+        raise ValueError(f"max_pixels: the image processor of {model} has no pixel limit (its size is {dict(size)})")
+    if max_pixels < least:
+        raise ValueError(f"max_pixels: {max_pixels} is below the least that {model} takes, {least}")
+    return limit
 
 
 def describe_processor(processor) -> dict:
@@ -142,12 +151,13 @@ def save_processor(source: Path, folder: Path, max_pixels: int | None) -> None:
     for name in PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if max_pixels is None:
+        return
+    limit = _pixel_limit(source, load_processor(source).image_processor, max_pixels)
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if max_pixels is not None and (folder / name).is_file():
+        if (folder / name).is_file():
             config = json.loads((folder / name).read_text(encoding="utf-8"))
             image_config = config.get("image_processor", config)
-            if "max_pixels" in image_config:
-                image_config["max_pixels"] = max_pixels
-            if "longest_edge" in image_config.get("size", {}):
-                image_config["size"]["longest_edge"] = max_pixels
-            (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if "image_processor_type" in image_config:
+                image_config.update(limit)
+                (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
