@@ -11,7 +11,7 @@ from mede2.trainer.policy import part_of
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl3")
 WHOLE_RUNS = ("qwen3_vl", "internvl3")  # those of Qwen2.5-VL are in test_stages.py
-TOLERANCE = 5e-6  # of the norm of all gradients; fp32 sums in another order
+TOLERANCE = 2e-6  # of a tensor's gradient, as a share of the norm of all; fp32 sums in another order
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def test_loss_and_gradients_equal_a_run_without_deepspeed(results, models, refer
     true = dpo_and_nll(models[family], pairs, references[family])
     for rank, result in enumerate(of_rank[f"update_{family}"] for of_rank in results):
         gradients = result["gradients"]
-        assert gradients.keys() >= true["gradients"].keys()
+        assert gradients.keys() == true["gradients"].keys()
         assert result["metrics"]["loss"] == pytest.approx(true["loss"], rel=1e-6), f"rank {rank}"
         errors = {name: float((gradients[name] - of_name).norm()) for name, of_name in true["gradients"].items()}
         whole = float(torch.cat([of_name.flatten() for of_name in true["gradients"].values()]).norm())
