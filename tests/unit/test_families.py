@@ -209,6 +209,18 @@ def test_models_of_another_kind_are_refused_by_their_config(tmp_path, config, pi
         assert not [piece for piece in (str(tmp_path), *pieces) if piece not in str(raised.value)]
 
 
+def test_a_hub_name_of_the_original_internvl_is_told_its_twin(tmp_path, monkeypatch):
+    """In the hub's cache there is the config.json alone: nothing else is asked for."""
+    repository = tmp_path / "models--OpenGVLab--InternVL3-2B"
+    (repository / "snapshots" / "0").mkdir(parents=True)
+    (repository / "snapshots" / "0" / "config.json").write_text(json.dumps(INTERNVL_CHAT), encoding="utf-8")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0", encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"in -hf, such as OpenGVLab/InternVL3-2B-hf$"):
+        locate_model("OpenGVLab/InternVL3-2B")
+
+
 def test_gguf_weights_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}), encoding="utf-8")
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")

@@ -87,7 +87,8 @@ def load_processor(model: Path, max_pixels: int | None = None):
 
     Args:
         model: the folder.
-        max_pixels: largest image in pixels (larger ones are scaled down); None keeps the model's own limit.
+        max_pixels: largest image in pixels; larger ones are scaled down, or cut into fewer tiles. None keeps the
+            model's own limit.
 
     Raises:
         ValueError: a model with no processor for images and text, or `max_pixels` where the image processor has no
