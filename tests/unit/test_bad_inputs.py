@@ -454,15 +454,20 @@ def test_no_model_folder(tmp_path):
     assert_holds(message, "model: ", f"{tmp_path}/none", "is no folder and no hub name that can be reached")
 
 
-@pytest.mark.parametrize(
-    ("max_pixels", "pieces"), [(100, ["max_pixels: 100 is below the least", "1024"])], ids=["too_few_pixels"]
-)
-def test_bad_pixel_limit(model_folder, max_pixels, pieces):
-    assert_holds(refused(load_processor, model_folder, max_pixels), *pieces)
+@pytest.mark.parametrize("folder", ["model_folder", "internvl_folder"])
+def test_too_few_pixels(request, folder):
+    """1024 are Qwen's lower limit, or one of InternVL's tiles."""
+    message = refused(load_processor, request.getfixturevalue(folder), 100)
+    assert_holds(message, "max_pixels: 100 is below the least", "1024")
 
 
-def test_pixel_limit_where_there_is_none(internvl_folder):
-    assert_holds(refused(load_processor, internvl_folder, 4096), "max_pixels: ", "has no pixel limit")
+def test_pixel_limit_where_there_is_none(tmp_path, internvl_folder):
+    for path in internvl_folder.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    without_tiles = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(without_tiles), encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text("-", encoding="utf-8")
+    assert_holds(refused(load_processor, tmp_path, 4096), "max_pixels: ", "has no pixel limit")
 
 
 # Runs: everything that is checked before the weights are loaded, and where a run may continue.

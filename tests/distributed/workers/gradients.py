@@ -10,6 +10,7 @@ from mede2.trainer.settings import ELICIT
 from mede2.trainer.world import World
 
 EVERY_PART = {"train_language_model": True, "train_vision_tower": True, "train_merger": True}
+SMALL = EVERY_PART | {"global_batch_size": 4}
 RECOMPUTED = EVERY_PART | {"activation_checkpointing": True, "micro_batch_size": 2}
 # name: model, records, stage, ZeRO file, settings beyond the usual
 CASES = {
@@ -36,6 +37,7 @@ CASES = {
     "enhance_packed_triton": ("tied", "pairs", 2, "z3", {"pack_length": 1000, "logps": "triton"}),
     "elicit_packed": ("tied", "mixed", 1, "z3", {"pack_length": 130, "num_workers": 2}),
     "enhance_bf16": ("tied", "pairs", 2, "z3", {"dtype": "bf16", "micro_batch_size": 4}),
+    **{family: (family, "pairs", 2, "z3", SMALL) for family in ("qwen2_5_vl", "qwen3_vl", "internvl3")},
 }
 
 
