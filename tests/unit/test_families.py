@@ -12,6 +12,8 @@ from transformers import AutoModelForImageTextToText
 from mede2.trainer.data.collate import Collator
 from mede2.trainer.data.dataset import load_dataset
 from mede2.trainer.data.encoding import Encoder
+from mede2.trainer.data.layout import Layout
+from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model, save_processor
 from mede2.trainer.data.sampler import Slot
 from mede2.trainer.policy import load_policy
@@ -50,8 +52,9 @@ def encode(families, family, world):
 @torch.no_grad()
 def our_logps(policy, processor, examples, indices) -> dict[tuple[int, int], torch.Tensor]:
     """Log-probabilities of the answer tokens out of one micro-batch, by side and index of the example."""
-    batch = Collator(processor, with_images=True)(examples, [Slot(index, 1) for index in indices])
-    logps = policy(batch.inputs, batch.rows, batch.targets, batch.sequence)
+    collate = Collator(processor, Positions(Path(policy.model.name_or_path)), True, Layout(), packed=True)
+    batch = collate(examples, [Slot(index, 1) for index in indices])
+    logps = policy(batch.inputs, batch.branches, batch.rows, batch.targets, batch.sequence)
     return {
         (side, index): logps[batch.sequence == side * len(indices) + place]
         for side in range(len(examples[0].sequences))
@@ -191,6 +194,7 @@ INTERNVL_CHAT |= {"auto_map": {"AutoConfig": "configuration_internvl_chat.Intern
             {"model_type": "minicpmv", "auto_map": {}},
             ["the family minicpmv", "code that comes with a model is not run"],
         ),
+        ({"model_type": "gemma3"}, ["is a gemma3", "known: qwen2_vl, qwen2_5_vl, qwen3_vl, internvl"]),
         ({"model_type": "qwen2"}, ["is a qwen2, which has no processor for images and text"]),
         (
             {"model_type": "qwen2_5_vl", "quantization_config": {"quant_method": "awq"}},
@@ -198,7 +202,7 @@ INTERNVL_CHAT |= {"auto_map": {"AutoConfig": "configuration_internvl_chat.Intern
         ),
         (["qwen2_5_vl"], ["the family None"]),
     ],
-    ids=["internvl_chat", "remote_code", "text_model", "awq", "no_object"],
+    ids=["internvl_chat", "remote_code", "other_family", "text_model", "awq", "no_object"],
 )
 def test_models_of_another_kind_are_refused_by_their_config(tmp_path, config, pieces):
     """Before weights are asked for: the folder holds none."""

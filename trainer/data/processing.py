@@ -26,6 +26,7 @@ def _image_only(base: type) -> type:
     return ImageOnly
 
 
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")  # causal throughout: packed rows and prefixes are exact
 WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 
 
@@ -77,6 +78,11 @@ def _check_config(model: str, path: Path) -> None:
         )
     if family not in PROCESSOR_MAPPING_NAMES:
         raise ValueError(f"model: {model} is a {family}, which has no processor for images and text")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"model: {model} is a {family}, whose attention and positions are not known here; known: "
+            f"{', '.join(FAMILIES)}"
+        )
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method")
         raise ValueError(f"model: {model} is quantized ({method}); name the model with 16-bit weights that it is from")
