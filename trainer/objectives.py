@@ -138,9 +138,10 @@ class Enhance(Objective):
         num_answers, num_pairs = len(batch.weights), len(batch.indices)
         logps = sum_by_sequence(token_logps, batch.sequence, num_answers).split(num_pairs)
         num_tokens = torch.bincount(batch.sequence, minlength=num_answers).split(num_pairs)
-        if self.reference is None:
-            return Pairs(*map(Answers, logps, num_tokens))
-        return Pairs(*map(Answers, logps, num_tokens, self.reference[list(batch.indices)].unbind(1)))
+        of_reference = [None] * len(logps)
+        if self.reference is not None:
+            of_reference = self.reference[list(batch.indices)].unbind(1)
+        return Pairs(*(Answers(*side) for side in zip(logps, num_tokens, of_reference, strict=True)))
 
     def _options(self, name: str) -> dict[str, float]:
         """The keyword arguments of a loss: settings of the same names, and the reward shift."""

@@ -249,7 +249,7 @@ def _check_value(item, value) -> None:
     rules = item.metadata
     if value is None:
         return
-    names = value if isinstance(value, dict) else (value,)
+    names = value if isinstance(value, Mapping) else (value,)
     if rules["choices"] and (unknown := [repr(name) for name in names if name not in rules["choices"]]):
         raise ValueError(f"{item.name}: {', '.join(unknown)} is not one of {', '.join(rules['choices'])}")
     for where, part in _parts(item.name, value):
@@ -267,7 +267,7 @@ def _check_value(item, value) -> None:
 
 def _parts(name: str, value) -> list[tuple[str, Any]]:
     """The single values in a value, each with the name that an error gives it."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return [(f"{name}.{key}", part) for key, part in value.items()]
     return [(name, part) for part in value] if isinstance(value, tuple) else [(name, value)]
 

@@ -33,6 +33,7 @@ def stage2_command(stage1: Path, records: dict, output: Path) -> tuple[str, ...]
         "launch/stage2.py", "--ds", DS, "--model", str(stage1), "--train", records["stage2"],
         "--eval", records["stage2"],
         "--output", str(output), "--epochs", "3", "--save-every", "2", "--eval-every", "4", *SMALL,
+        "--set", "objective={sigmoid: 0.8, bco_pair_shifted: 0.2, nll: 1}",  # carries a state from update to update
     )  # fmt: skip
 
 

@@ -161,6 +161,12 @@ def test_the_gap_is_reported_where_it_is_not_trained(mix, reference):
     assert not logps.grad[-3:].any()
 
 
+def test_a_reference_of_fewer_sides_is_an_error():
+    logps, batch = micro_batch(THREE_SIDES, [1.0] * 6, (3, 1))
+    with pytest.raises(ValueError, match="shorter"):
+        enhance(MDPO, TWO_SIDES, corruption="crop")(logps, batch, totals(2, 3, 2))
+
+
 # MPO's reward shift.
 
 MPO = {"sigmoid": 0.8, "bco_pair_shifted": 0.2, "nll": 1.0}

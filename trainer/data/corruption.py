@@ -49,8 +49,9 @@ def _blank(image: Image.Image, generator: np.random.Generator, other: Image.Imag
 
 def _noise(image: Image.Image, generator: np.random.Generator, other: Image.Image | None) -> Image.Image:
     """x -> sqrt(1 - s) x + sqrt(s) e with x in -1..1 (arXiv 2006.11239, eq. 4)."""
-    pixels = np.asarray(image) / 127.5 - 1
-    mixed = math.sqrt(1 - NOISE_SHARE) * pixels + math.sqrt(NOISE_SHARE) * generator.standard_normal(pixels.shape)
+    pixels = np.asarray(image) / np.float32(127.5) - 1
+    noise = generator.standard_normal(pixels.shape, np.float32)
+    mixed = math.sqrt(1 - NOISE_SHARE) * pixels + math.sqrt(NOISE_SHARE) * noise
     return Image.fromarray(np.rint((mixed.clip(-1, 1) + 1) * 127.5).astype(np.uint8))
 
 
