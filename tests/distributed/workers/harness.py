@@ -73,11 +73,12 @@ def make_batches(world: World, model: str, records: str, stage: int, settings: S
     processor = load_processor(Path(model))
     dataset = load_dataset((records,), stage, Encoder(processor, settings.max_length), "stop", world)
     batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
-    layout = Layout(settings.shared_prefix)
+    layout = Layout(settings.shared_prefix, corrupted="image_conditional" in settings.objective)
     lengths = tuple(map(layout.length, dataset.examples))
     collator = Collator(
-        processor, Positions(Path(model)), dataset.has_images, layout, packed=settings.pack_length > 0
-    )
+        processor, Positions(Path(model)), dataset.has_images, layout, packed=settings.pack_length > 0,
+        corruption=(settings.corruption, settings.seed),
+    )  # fmt: skip
     return Batches(dataset, Sampler(lengths, batch, None, settings.pack_length), collator, world, settings.num_workers)
 
 
