@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from mede2.kernels.logps import linear_logps
+from mede2.trainer.activations import Offload
 
 PARTS = ("language_model", "vision_tower", "merger")
 VISION_NAMES = ("visual", "vision_tower")  # Qwen; InternVL and most others
@@ -80,6 +81,7 @@ def load_policy(
     implementation: str,
     deepspeed_config: dict | None = None,
     activation_checkpointing: bool = False,
+    activation_offload: bool = False,
 ) -> Policy:
     """Load a model folder.
 
@@ -91,6 +93,7 @@ def load_policy(
         deepspeed_config: the whole DeepSpeed configuration. With ZeRO stage 3 the model is built partitioned over the
             ranks, parameter by parameter: no device holds it whole, and only rank 0 reads the weights.
         activation_checkpointing: recompute activations in backward.
+        activation_offload: and keep what that needs in host memory.
 
     Raises:
         ValueError: the folder does not load as an image-text model, or its weights are not those of its config.
@@ -121,7 +124,10 @@ def load_policy(
         )
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model, implementation)
+    policy = Policy(model, implementation)
+    if activation_offload:
+        policy.offload = Offload(model)
+    return policy
 
 
 def _zero_stage(deepspeed_config: dict) -> int:

@@ -197,6 +197,7 @@ def _load(run: Prepared, folder: Path) -> Policy:
     return load_policy(
         folder, dtype=run.dtype, attention=run.settings.attention, implementation=run.implementation,
         deepspeed_config=run.config, activation_checkpointing=run.settings.activation_checkpointing,
+        activation_offload=run.settings.activation_offload,
     )  # fmt: skip
 
 

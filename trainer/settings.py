@@ -127,6 +127,11 @@ class Settings:
     activation_checkpointing: bool = _setting(
         False, "Recompute activations in backward instead of keeping them.", harmless=True
     )
+    activation_offload: bool = _setting(
+        False,
+        "Keep what activation_checkpointing recomputes from (each layer's input) in host memory.",
+        harmless=True,
+    )
     train_language_model: bool = _setting(True, "Train the language model and its head.")
     train_vision_tower: bool = _setting(False, "Train the vision tower.")
     train_merger: bool = _setting(False, "Train the merger between vision tower and language model.")
@@ -144,6 +149,8 @@ class Settings:
             raise ValueError(
                 f"grey_window: the low end {self.grey_window[0]} must be below the high end {self.grey_window[1]}"
             )
+        if self.activation_offload and not self.activation_checkpointing:
+            raise ValueError("activation_offload: true needs activation_checkpointing: true")
         if not (self.train_language_model or self.train_vision_tower or self.train_merger):
             raise ValueError(
                 "train_language_model, train_vision_tower and train_merger are all false: nothing would train"

@@ -9,8 +9,9 @@ DUST = 1e-4  # share of the global norm below which a tensor's own direction is 
 TRUTH = {  # which hand-written run each configuration must equal
     "elicit": "elicit", "elicit_mixed": "elicit_mixed", "enhance": "enhance", "enhance_micro_2": "enhance",
     "enhance_micro_4": "enhance", "enhance_every_part": "enhance", "enhance_recomputed": "enhance",
-    "enhance_untied": "enhance_untied", "enhance_z2": "enhance", "enhance_z2_untied": "enhance_untied",
-    "enhance_z3_offload": "enhance", "enhance_triton": "enhance", "enhance_triton_untied": "enhance_untied",
+    "enhance_offloaded": "enhance", "enhance_untied": "enhance_untied", "enhance_z1": "enhance",
+    "enhance_z2": "enhance", "enhance_z2_untied": "enhance_untied", "enhance_z3_offload": "enhance",
+    "enhance_triton": "enhance", "enhance_triton_untied": "enhance_untied",
 }  # fmt: skip
 ONE_RANK = (
     "elicit", "elicit_mixed", "enhance", "enhance_micro_4", "enhance_every_part", "enhance_untied", "enhance_z2",
@@ -109,6 +110,16 @@ def test_the_vision_tower_has_gradients_where_it_trains_and_none_where_it_is_fro
 def test_activation_checkpointing_changes_nothing(runs):
     results = runs[2][0]
     assert distance(results["enhance_recomputed"]["gradients"], results["enhance_every_part"]["gradients"]) < TOLERANCE
+
+
+def test_activations_in_host_memory_change_no_bit(runs):
+    results = runs[2][0]
+    offloaded, recomputed = results["enhance_offloaded"], results["enhance_recomputed"]
+    assert offloaded["bytes_offloaded"] > 0 == recomputed["bytes_offloaded"]
+    assert offloaded["gradients"].keys() == recomputed["gradients"].keys()
+    assert all(
+        torch.equal(gradient, offloaded["gradients"][name]) for name, gradient in recomputed["gradients"].items()
+    )
 
 
 def test_clipping_scales_by_the_global_norm(runs):

@@ -20,7 +20,9 @@ CASES = {
     "enhance_micro_4": ("tied", "pairs", 2, "z3", {"micro_batch_size": 4}),
     "enhance_every_part": ("tied", "pairs", 2, "z3", EVERY_PART),
     "enhance_recomputed": ("tied", "pairs", 2, "z3", RECOMPUTED),
+    "enhance_offloaded": ("tied", "pairs", 2, "z3", RECOMPUTED | {"activation_offload": True}),
     "enhance_untied": ("untied", "pairs", 2, "z3", {"micro_batch_size": 4}),
+    "enhance_z1": ("tied", "pairs", 2, "z1", {"micro_batch_size": 4}),
     "enhance_z2": ("tied", "pairs", 2, "z2", {}),
     "enhance_z2_untied": ("untied", "pairs", 2, "z2", {"micro_batch_size": 4}),
     "enhance_z3_offload": ("tied", "pairs", 2, "z3_offload", {"micro_batch_size": 2}),
@@ -64,6 +66,8 @@ def one_update(world: World, job: dict, case: str, batches_type: type[Batches] =
         engine, objective, batches, settings, first_step=0, num_steps=1, before_update=no_hook, after_update=keep
     )  # fmt: skip
     pixels = [part.inputs.get("pixel_values", torch.zeros(1)) for part in batches.micro_batches(0)]
+    offload = getattr(engine.policy, "offload", None)
+    result["bytes_offloaded"] = offload.bytes_moved if offload else 0
     engine.close()
     return result | {"micro_batches_with_image": [bool(values.any()) for values in pixels]}
 

@@ -82,6 +82,7 @@ def make_engine(world: World, model: str, settings: Settings, zero: str = "z3", 
     policy = load_policy(
         Path(model), dtype=dtype, attention=settings.attention, implementation=choose_implementation(settings.logps),
         deepspeed_config=config, activation_checkpointing=settings.activation_checkpointing,
+        activation_offload=settings.activation_offload,
     )  # fmt: skip
     if not trains:
         return Engine(policy, config, world, dtype)
