@@ -18,7 +18,7 @@ from mede2.trainer.data.encoding import Encoder
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
-from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
 from mede2.trainer.settings import FIELDS, STAGE_NAMES, BatchArithmetic, Resolved, Settings
 from mede2.trainer.world import World
@@ -69,6 +69,7 @@ class Prepared:
 def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World) -> Prepared:
     """Check everything that can be checked before weights are loaded; see `Prepared`."""
     config = read_deepspeed_file(deepspeed_file)
+    check_nvme(config)
     batch = BatchArithmetic(resolved.settings.global_batch_size, resolved.settings.micro_batch_size, world.size)
     if resolved.settings.model is None:
         resolved = resolved.replaced("embedded default", model=str(defaults.BASE_MODEL))

@@ -91,11 +91,9 @@ def _start_from_stage1(resolved: Resolved, deepspeed_file: str, output: Path, wo
     stage1 = output.parent / "stage1"
     if not world.on_main((stage1 / SUMMARY).exists):
         world.say(f"no --model and no finished Stage I in {stage1}: running Stage I first, with its embedded default")
-        layers = [("embedded default", defaults.recipe(ELICIT)), ("Stage II's flag", {"output": str(stage1)})]
-        if resolved.settings.dry_run:
-            layers.append(("Stage II's flag", {"dry_run": True}))
-        if resolved.settings.wandb:
-            layers.append(("Stage II's flag", {"wandb": resolved.settings.wandb}))
+        given = {name: getattr(resolved.settings, name) for name in ("dry_run", "wandb", "nvme_path")}
+        passed = {name: value for name, value in given.items() if value} | {"output": str(stage1)}
+        layers = [("embedded default", defaults.recipe(ELICIT)), ("Stage II's flag", passed)]
         run_stage(resolve(ELICIT, layers), deepspeed_file, world)
         if resolved.settings.dry_run:
             return resolved.replaced("embedded default (a dry run trains no Stage I)", model=str(defaults.BASE_MODEL))

@@ -132,6 +132,11 @@ class Settings:
         "Keep what activation_checkpointing recomputes from (each layer's input) in host memory.",
         harmless=True,
     )
+    nvme_path: str | None = _setting(
+        None,
+        "Folder, of this run alone, for an offload to NVMe (ds_configs/z3_nvme.json; needs libaio and its headers).",
+        harmless=True,
+    )
     train_language_model: bool = _setting(True, "Train the language model and its head.")
     train_vision_tower: bool = _setting(False, "Train the vision tower.")
     train_merger: bool = _setting(False, "Train the merger between vision tower and language model.")
