@@ -129,10 +129,20 @@ def fill_deepspeed_config(
     return filled
 
 
-def check_nvme(config: Mapping[str, Any]) -> None:
-    """Raises ValueError where a configuration offloads to NVMe and DeepSpeed cannot build what does that."""
-    devices = [_get(config, f"zero_optimization.offload_{what}.device") for what in ("optimizer", "param")]
-    if "nvme" in devices and not AsyncIOBuilder().is_compatible(verbose=False):
+def check_nvme(config: Mapping[str, Any], *, resumes: bool = False) -> None:
+    """What an offload to NVMe needs, and cannot do.
+
+    Raises:
+        ValueError: the run would continue with its optimizer on NVMe, which DeepSpeed 0.19 loads without a word and
+            with other weights; or DeepSpeed cannot build the operator, for want of libaio.
+    """
+    optimizer, params = (_get(config, f"zero_optimization.offload_{what}.device") for what in ("optimizer", "param"))
+    if resumes and optimizer == "nvme":
+        raise ValueError(
+            "resume: a run with its optimizer on NVMe cannot be continued; start over with --resume never, or with "
+            "zero_optimization.offload_optimizer.device cpu in the --ds file"
+        )
+    if "nvme" in (optimizer, params) and not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError("nvme_path: DeepSpeed's offload to NVMe needs libaio with its headers (Debian: libaio-dev)")
 
 

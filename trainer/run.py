@@ -14,7 +14,7 @@ from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.dataset import write_bad_rows
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.demo import defaults
-from mede2.trainer.engine import Engine, make_optimizer
+from mede2.trainer.engine import Engine, check_nvme, make_optimizer
 from mede2.trainer.export import compare, export, model_card, publish
 from mede2.trainer.files import hash_json, write_json, write_text
 from mede2.trainer.loop import evaluate, train
@@ -54,6 +54,7 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         world.say("dry run: nothing was trained")
         return None
     checkpoint = world.on_main(lambda: find_checkpoint(run))
+    check_nvme(run.config, resumes=checkpoint is not None)
     if checkpoint is None and world.on_main((output / SUMMARY).exists):
         world.say(f"{output} holds this very run, done; --resume never runs it again")
         return output
