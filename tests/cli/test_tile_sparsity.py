@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-ERRORS = ("dh_error", "dw_error", "dw_worst_row_error", "dw_own_row_worst")
+ERRORS = ("dh_error", "dw_error", "dw_worst_row_error", "dw_own_row_median", "dw_adam_error")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_the_command_measures_every_way_in_every_order(sparsity, tmp_path):
         assert all(float(gathered[name]) == pytest.approx(float(dense[name]), rel=1e-3) for name in ERRORS)
         assert float(gathered["dh_error"]) > 1e-3
         yardstick = by_case[targets, order, "bf16 grad", "", ""]
-        assert all(1e-4 < float(yardstick[name]) < 2e-2 for name in ERRORS)
+        assert all(1e-4 < float(yardstick[name]) < 0.1 for name in ERRORS)
 
 
 @pytest.mark.parametrize("dense", [False, True])
