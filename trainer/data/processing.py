@@ -36,6 +36,11 @@ def locate_model(model: str) -> Path:
             folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
         except (OSError, ValueError) as error:
             raise ValueError(f"model: {model!r} is no folder and no hub name that can be reached: {error}") from error
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model: {model} holds an adapter and no whole model; merge it with peft's merge_and_unload, or continue "
+            "its last checkpoint (--resume PATH) into another --output with merge_adapter=true"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: {model} holds no config.json, so it is no model folder")
     if not list(folder.glob("*.safetensors")):

@@ -72,8 +72,10 @@ def make_batches(world: World, model: str, records: str, stage: int, settings: S
     return Batches(dataset, Sampler(len(dataset.examples), batch, None), Collator(processor, dataset.has_images), world)
 
 
-def make_engine(world: World, model: str, settings: Settings, zero: str = "z3", *, trains: bool = True) -> Engine:
-    """The engine of a run, assembled as `trainer/run.py` does."""
+def make_engine(
+    world: World, model: str, settings: Settings, zero: str = "z3", *, trains: bool = True, adapter: Path | None = None
+) -> Engine:
+    """The engine of a run, assembled as `trainer/run.py` does; `adapter`: a saved one that trains on."""
     dtype = DTYPES[settings.dtype]
     batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
     hidden_size = AutoConfig.from_pretrained(model).get_text_config().hidden_size
@@ -82,6 +84,7 @@ def make_engine(world: World, model: str, settings: Settings, zero: str = "z3", 
     policy = load_policy(
         Path(model), dtype=dtype, attention=settings.attention, implementation=choose_implementation(settings.logps),
         deepspeed_config=config, activation_checkpointing=settings.activation_checkpointing,
+        adapter=adapter or (settings if settings.lora_rank else None), quantize=settings.quantize,
     )  # fmt: skip
     if not trains:
         return Engine(policy, config, world, dtype)
