@@ -44,7 +44,7 @@ def add_adapter(model: nn.Module, adapter: Settings | Path, linears: Sequence[st
     else:
         config = LoraConfig(
             r=adapter.lora_rank, lora_alpha=adapter.lora_alpha, lora_dropout=adapter.lora_dropout,
-            target_modules=_targets(adapter.lora_target_modules, linears), use_rslora=adapter.use_rslora,
+            target_modules=targets(adapter.lora_target_modules, linears), use_rslora=adapter.use_rslora,
             use_dora=adapter.use_dora,
         )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # the same start on every rank, whatever was drawn before
@@ -60,7 +60,9 @@ def add_adapter(model: nn.Module, adapter: Settings | Path, linears: Sequence[st
             raise ValueError(f"adapter: {adapter} does not hold what its {CONFIG_FILE} says: {', '.join(wrong[:5])}")
 
 
-def _targets(wanted: Sequence[str], linears: Sequence[str]) -> list[str]:
+def targets(wanted: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """Those of the layers `linears` that `wanted` names by their full names or last parts; a ValueError if it names
+    another."""
     if ALL_LINEAR in wanted:
         return list(linears)
     for target in wanted:
@@ -85,28 +87,18 @@ def adapter_tensors(model: nn.Module) -> Iterator[SavedTensor]:
 
 
 def whole_tensors(model: nn.Module) -> Iterator[SavedTensor]:
-    """Every tensor of the model as transformers names it: dequantized, the adapter merged, a tied one once."""
+    """Every tensor of the model as transformers names it, dequantized and with the adapter merged."""
     layer_of = {layer.get_base_layer(): layer for layer in model.modules() if hasattr(layer, "lora_A")}
-    seen: set[int] = set()
     for place, module in model.named_modules():
         if is_adapter(place):
             continue
-        buffers = [
-            (n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set
-        ]
-        for name, tensor in (*module.named_parameters(recurse=False), *buffers):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
+        layer = layer_of.get(module)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             whole = f"{place}.{name}".replace(".base_layer.", ".")
-            if name == "weight" and module in layer_of:
-                layer = layer_of[module]
-                yield (
-                    whole,
-                    [tensor, *(p for n, p in layer.named_parameters() if n.startswith("lora_"))],
-                    partial(_merged, layer),
-                )
-            else:
+            if layer is not None and name == "weight":
+                adapter = [parameter for name, parameter in layer.named_parameters() if name.startswith("lora_")]
+                yield whole, [tensor, *adapter], partial(_merged, layer)
+            elif name not in module._non_persistent_buffers_set:
                 yield whole, [tensor], partial(_dense, tensor)
 
 

@@ -247,17 +247,20 @@ class Engine:
     def state_dict(self, adapter_only: bool = False) -> dict[str, Tensor] | None:
         """The whole model, an adapter merged into it, on rank 0's host under transformers' names; None elsewhere. All
         ranks call it; each tensor is gathered by itself, and the frozen ones of `adapter_only` not at all."""
-        state = {}
+        state, names = {}, {}
         for name, parameters, value in (adapter_tensors if adapter_only else whole_tensors)(self.policy.model):
+            first = names.setdefault(id(parameters[0]), name)
+            if first != name:  # tied
+                state[name] = state[first]
+                continue
             with deepspeed.zero.GatheredParameters(parameters):  # nothing to do for what ZeRO-3 did not partition
-                if self.world.is_main:
-                    state[name] = value().to("cpu", copy=True)
+                state[name] = value().to("cpu", copy=True) if self.world.is_main else None
         return state if self.world.is_main else None
 
     def weights(self) -> Iterator[tuple[str, torch.nn.Parameter, Tensor]]:
-        """Name and parameter, and what this rank holds of its values, in the order that all ranks share."""
+        """Name (transformers'), parameter, and what this rank holds of its values; all ranks in the same order."""
         for name, parameter in self.policy.named_parameters():
-            yield name, parameter, getattr(parameter, "ds_tensor", parameter).detach()
+            yield name.removeprefix("model."), parameter, getattr(parameter, "ds_tensor", parameter).detach()
 
     def has_moment(self, parameter: torch.nn.Parameter) -> bool:
         """Whether Adam's first moment of a trained parameter, as far as this rank holds it, is anywhere not zero.

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from mede2.kernels.logps import linear_logps
-from mede2.trainer.adapters import add_adapter, is_adapter
+from mede2.trainer.adapters import add_adapter, is_adapter, targets
 from mede2.trainer.settings import Settings
 
 PARTS = ("language_model", "vision_tower", "merger")
@@ -108,12 +108,7 @@ def load_policy(
     try:
         model = _load_model(folder, dtype, attention, _nf4(dtype) if quantize else None)
         if adapter is not None:
-            head = model.get_output_embeddings()
-            linears = [
-                name for name, module in model.named_modules()
-                if isinstance(module, nn.Linear) and module is not head and part_of(name) == "language_model"
-            ]  # fmt: skip
-            add_adapter(model, adapter, linears, dtype)
+            add_adapter(model, adapter, _language_linears(model), dtype)
     finally:
         unset_hf_deepspeed_config()
     if activation_checkpointing:
@@ -145,6 +140,21 @@ def _load_model(folder: Path, dtype: torch.dtype, attention: str, quantization: 
         if hasattr(module, "support_avx512bf16_for_cpu"):  # in evaluation it would round the scales, and for good
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_adapter(config: transformers.PreTrainedConfig, settings: Settings) -> None:
+    """Raises a ValueError for an adapter that the settings ask for and a model of this config cannot carry."""
+    with torch.device("meta"):
+        targets(settings.lora_target_modules, _language_linears(AutoModelForImageTextToText.from_config(config)))
+
+
+def _language_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers that an adapter may sit on: those of the language model, without the head."""
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and part_of(name) == "language_model"
+    ]  # fmt: skip
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:

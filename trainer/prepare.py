@@ -20,6 +20,7 @@ from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
+from mede2.trainer.policy import check_adapter
 from mede2.trainer.settings import FIELDS, STAGE_NAMES, BatchArithmetic, Resolved, Settings
 from mede2.trainer.world import World
 
@@ -103,7 +104,9 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     num_steps = max(1, round(settings.epochs * train_batches.sampler.steps_per_epoch))
     if settings.max_steps is not None:
         num_steps = min(num_steps, settings.max_steps)
-    text_config = AutoConfig.from_pretrained(model).get_text_config()
+    model_config = AutoConfig.from_pretrained(model)
+    if settings.lora_rank:
+        check_adapter(model_config, settings)
     identity = {
         "stage": resolved.stage,
         "settings": {
@@ -118,7 +121,7 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     }  # fmt: skip
     return Prepared(
         resolved, world, model, output, dtype, implementation,
-        fill_deepspeed_config(config, settings, batch, dtype, text_config.hidden_size), batch,
+        fill_deepspeed_config(config, settings, batch, dtype, model_config.get_text_config().hidden_size), batch,
         train_batches, batches(eval_set, None) if eval_set else None, num_steps, identity,
     )  # fmt: skip
 
