@@ -277,7 +277,8 @@ class Engine:
             if place is None:
                 return False
             start, count = place.hp_fragment_address.start, place.hp_fragment_address.numel
-            flat = zero.single_partition_of_fp32_groups[place.param_group_index]
+            flats = getattr(zero, "single_partition_of_fp32_groups", None)  # ZeRO-1 in bf16 has another optimizer
+            flat = (flats or zero.fp32_groups_flat_partition)[place.param_group_index]
         state = zero.optimizer.state[flat]
         moments = state["exp_avg" if "exp_avg" in state else "state1"].view(-1)
         for first in range(start, start + count, MOMENTS_AT_ONCE):
