@@ -33,10 +33,8 @@ OURS = {  # sections of a DeepSpeed file that would say again, or otherwise, wha
     "activation_checkpointing": "activation_checkpointing",
     "managed_gradient_accumulation": "global_batch_size and micro_batch_size",
 }
-
-
 BLOCK_8BIT = 256  # values that share a scale in bitsandbytes' 8-bit state
-MOMENTS_AT_ONCE = 2**20
+MOMENTS_AT_ONCE = 2**20  # values looked at together; most tensors show one that is not zero at once
 
 
 class NonFiniteUpdate(RuntimeError):

@@ -106,9 +106,9 @@ def load_policy(
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # over the process group that is there
         set_hf_deepspeed_config(stage3)
     try:
-        model = _load_model(folder, dtype, attention, _nf4(dtype) if quantize else None)
+        model = _load_model(folder, dtype, attention, nf4_config(dtype) if quantize else None)
         if adapter is not None:
-            add_adapter(model, adapter, _language_linears(model), dtype)
+            add_adapter(model, adapter, language_linears(model), dtype)
     finally:
         unset_hf_deepspeed_config()
     if activation_checkpointing:
@@ -145,10 +145,10 @@ def _load_model(folder: Path, dtype: torch.dtype, attention: str, quantization: 
 def check_adapter(config: transformers.PreTrainedConfig, settings: Settings) -> None:
     """Raises a ValueError for an adapter that the settings ask for and a model of this config cannot carry."""
     with torch.device("meta"):
-        targets(settings.lora_target_modules, _language_linears(AutoModelForImageTextToText.from_config(config)))
+        targets(settings.lora_target_modules, language_linears(AutoModelForImageTextToText.from_config(config)))
 
 
-def _language_linears(model: nn.Module) -> list[str]:
+def language_linears(model: nn.Module) -> list[str]:
     """Names of the linear layers that an adapter may sit on: those of the language model, without the head."""
     head = model.get_output_embeddings()
     return [
@@ -157,7 +157,7 @@ def _language_linears(model: nn.Module) -> list[str]:
     ]  # fmt: skip
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     """4-bit NormalFloat, its scales quantized too (QLoRA, arXiv 2305.14314); not the head, the tower and the merger."""
     kept = "|".join((*VISION_NAMES, *MERGER_NAMES, "lm_head"))
     return BitsAndBytesConfig(
