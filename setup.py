@@ -35,6 +35,7 @@ setup(
         "triton==3.7.1; platform_system == 'Linux'",
         "deepspeed==0.19.8",
         "transformers==5.23.0",
+        "peft==0.21.2",
         "datasets==5.2.0",
         "bitsandbytes==0.50.2",
         "safetensors>=0.6,<1",
