@@ -233,7 +233,7 @@ def test_adapters_learn_and_start_from_the_reference(two):
         curve = rows(two[0][f"run_{name}"])
         assert abs(curve[0]["rewards/margins"]) <= 1e-5
         assert curve[-1]["eval/loss"] < curve[0]["loss"]
-        assert curve[-1]["eval/rewards/margins"] > 0.5
+        assert curve[-1]["eval/rewards/margins"] > 0.1
 
 
 @pytest.mark.parametrize("name", AGAIN)
