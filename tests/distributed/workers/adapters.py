@@ -33,7 +33,7 @@ def gradients(world: World, job: dict, case: str) -> dict:
     model = job["models"]["tied"]
     batches = make_batches(world, model, job["records"]["pairs"], 2, settings)
     reference = torch.tensor(job["reference"], dtype=torch.float64)
-    objective = Enhance(reference, settings.beta, settings.label_smoothing, nll_weight=1.0)
+    objective = Enhance(settings, reference)
     engine = make_engine(world, model, settings, zero, adapter=Path(job["adapters"]) / adapter)
     result = {}
 
