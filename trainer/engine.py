@@ -143,6 +143,11 @@ def fill_deepspeed_config(
     return filled
 
 
+def on_nvme(config: Mapping[str, Any]) -> set[str]:
+    """Which of "optimizer" and "param" a configuration offloads to NVMe."""
+    return {what for what in ("optimizer", "param") if _get(config, f"zero_optimization.offload_{what}.device") == "nvme"}
+
+
 def check_nvme(config: Mapping[str, Any], *, resumes: bool = False) -> None:
     """What an offload to NVMe needs, and cannot do.
 
@@ -150,13 +155,12 @@ def check_nvme(config: Mapping[str, Any], *, resumes: bool = False) -> None:
         ValueError: the run would continue with its optimizer on NVMe, which DeepSpeed 0.19 loads without a word and
             with other weights; or DeepSpeed cannot build the operator, for want of libaio.
     """
-    optimizer, params = (_get(config, f"zero_optimization.offload_{what}.device") for what in ("optimizer", "param"))
-    if resumes and optimizer == "nvme":
+    if resumes and "optimizer" in on_nvme(config):
         raise ValueError(
             "resume: a run with its optimizer on NVMe cannot be continued; start over with --resume never, or with "
             "zero_optimization.offload_optimizer.device cpu in the --ds file"
         )
-    if "nvme" in (optimizer, params) and not AsyncIOBuilder().is_compatible(verbose=False):
+    if on_nvme(config) and not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError("nvme_path: DeepSpeed's offload to NVMe needs libaio with its headers (Debian: libaio-dev)")
 
 

@@ -31,7 +31,7 @@ def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: rang
     slots = batches.sampler.micro_batches(step, batches.world.rank)[number]
     micro_batch = batches.collator(batches.dataset.examples, slots).to(engine.world.device, engine.dtype)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([engine.world.device] if engine.world.device.type == "cuda" else []):
             loss, _ = objective(engine(micro_batch), micro_batch, batches.totals(step))
             suspects = () if torch.isfinite(loss) else micro_batch.sources
             if rows := sorted({row for part in engine.world.gather(suspects) for row in part}):

@@ -14,7 +14,7 @@ from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.dataset import write_bad_rows
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.demo import defaults
-from mede2.trainer.engine import Engine, check_nvme, make_optimizer
+from mede2.trainer.engine import Engine, check_nvme, make_optimizer, on_nvme
 from mede2.trainer.export import compare, export, model_card, publish
 from mede2.trainer.files import hash_json, write_json, write_text
 from mede2.trainer.loop import evaluate, train
@@ -219,7 +219,9 @@ def _train(
     if world.is_main:
         tracker = started_run() if settings.wandb else None
         watch = Metrics(run.output, first_step, run.num_steps, f"stage {run.stage}", tracker)
-    check_moved = MovedCheck(engine)
+    check_moved = None if on_nvme(run.config) else MovedCheck(engine)
+    if check_moved is None:
+        world.say("offload to NVMe: whether all that trains moves is not checked")
 
     def before_update(step: int, metrics: dict[str, float]) -> None:
         gap = metrics.pop("rewards/margins_abs", 0.0)
@@ -232,7 +234,8 @@ def _train(
     def after_update(step: int, metrics: dict[str, float]) -> None:
         done = step + 1
         seconds = watch.lap() if watch else 0.0
-        check_moved(has_image=run.train.totals(step).num_with_image > 0)
+        if check_moved:
+            check_moved(has_image=run.train.totals(step).num_with_image > 0)
         metrics["epoch"] = done / run.train.sampler.steps_per_epoch
         if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
             metrics |= evaluate(engine, held_out_objective, run.held_out)
