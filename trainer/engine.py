@@ -145,7 +145,8 @@ def fill_deepspeed_config(
 
 def on_nvme(config: Mapping[str, Any]) -> set[str]:
     """Which of "optimizer" and "param" a configuration offloads to NVMe."""
-    return {what for what in ("optimizer", "param") if _get(config, f"zero_optimization.offload_{what}.device") == "nvme"}
+    sections = {what: f"zero_optimization.offload_{what}.device" for what in ("optimizer", "param")}
+    return {what for what, field in sections.items() if _get(config, field) == "nvme"}
 
 
 def check_nvme(config: Mapping[str, Any], *, resumes: bool = False) -> None:
