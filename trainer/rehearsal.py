@@ -9,14 +9,11 @@ from mede2.trainer.objectives import Objective
 
 def heaviest(batches: Batches, steps: range) -> tuple[int, int]:
     """The update and the number of the micro-batch in which some rank runs the most tokens, padding counted."""
-    sampler, most, found = batches.sampler, -1, (0, 0)
-    for step in steps:
-        of_ranks = [sampler.micro_batches(step, rank) for rank in range(batches.world.size)]
-        for number, slots in ((n, slots) for plan in of_ranks for n, slots in enumerate(plan)):
-            tokens = sampler.num_computed(slots)
-            if tokens > most:
-                most, found = tokens, (step, number)
-    return found
+    sampler = batches.sampler
+    _, step, turn = max(
+        (sampler.num_computed(slots), -step, -turn) for step in steps for turn, slots in enumerate(sampler.turns(step))
+    )  # the first of equals
+    return -step, -turn // batches.world.size
 
 
 def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: range) -> None:
