@@ -256,13 +256,14 @@ def as_table(rows: list[dict], case: Case) -> Table:
     parts = ("vision", "language", "reference")
     for row in rows:
         wait, spent = row["data_wait_share"], [row[f"spent_gflop_{part}"] for part in parts]
+        used = [row[f"mfu_{part}"] for part in parts]
         table.add_row(
             row["contender"], f"{row['step_ms']:.0f}", f"{row['p20_ms']:.0f} - {row['p80_ms']:.0f}",
             f"{row['pairs_per_s']:.3g}", f"{row['pairs_per_s_1_epoch']:.3g}", f"{row['tokens_per_s']:.0f}",
             f"{row['peak_mib']:.0f}", "-" if wait == "" else f"{wait:.1%}",
             f"{sum(spent):.3g} = {' + '.join(f'{part:.3g}' for part in spent)}",
             f"{row['gflop_per_s']:.4g} ({row['matmul_share']:.0%})",
-            f"{row['mfu']:.1%} = {' + '.join(f'{row["mfu_" + part]:.1%}' for part in parts)}",
+            f"{sum(used):.1%} = {' + '.join(f'{part:.1%}' for part in used)}",
         )  # fmt: skip
     return table
 
