@@ -357,6 +357,7 @@ def main(
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # the same for all contenders
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # of the contenders; next, of this process
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     set_forkserver_preload(["trl.trainer.dpo_trainer", "mede2.trainer.run"])  # or each imports them
 
     console = Console() if Console().is_terminal else Console(width=200)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from mede2.trainer.data.processing import load_processor, save_processor
 from mede2.trainer.demo.defaults import BASE_MODEL
@@ -59,8 +59,10 @@ def make_model(name: str, folder: Path, device: str, dtype: torch.dtype) -> Path
     del model
     torch.cuda.empty_cache()
     save_processor(BASE_MODEL, folder, None)
-    pixels = {"min_pixels": 56 * 56, "max_pixels": 1024 * 28 * 28}
-    Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, **pixels).save_pretrained(folder)
+    path = folder / "preprocessor_config.json"
+    size = {"shortest_edge": 56 * 56, "longest_edge": 1024 * 28 * 28}
+    images = json.loads(path.read_text(encoding="utf-8")) | {"patch_size": 14, "size": size}
+    path.write_text(json.dumps(images), encoding="utf-8")
     return folder
 
 
