@@ -47,15 +47,20 @@ class Contender:
     """Attributes:
     trainer: "trl" or "ours".
     compact: TRL: score answer positions only, as it does by itself where Triton runs.
+    deepspeed: TRL: under the same DeepSpeed file as ours.
     settings: ours: what differs from the defaults.
     """
 
     trainer: str
     compact: bool = False
+    deepspeed: bool = False
     settings: dict = field(default_factory=dict)
 
     def run(self, job: Job, gate: "Gate") -> None:
-        train_trl(job, gate, self.compact) if self.trainer == "trl" else train_ours(job, gate, self.settings)
+        if self.trainer == "trl":
+            train_trl(job, gate, self.compact, self.deepspeed)
+        else:
+            train_ours(job, gate, self.settings)
 
 
 class Gate:
@@ -135,7 +140,7 @@ def train_ours(job: Job, gate: Gate, settings: dict) -> None:
     run.run_stage(resolve(ENHANCE, [("bench_step", values | settings)]), str(job.deepspeed_file), join_world())
 
 
-def train_trl(job: Job, gate: Gate, compact: bool) -> None:
+def train_trl(job: Job, gate: Gate, compact: bool, deepspeed: bool) -> None:
     """TRL's DPOTrainer on a model of ours, its default settings where none is named here."""
     import trl.trainer.utils
     from datasets import Dataset, Image, List
@@ -144,24 +149,23 @@ def train_trl(job: Job, gate: Gate, compact: bool) -> None:
 
     from mede2.trainer.data.processing import load_processor
     from mede2.trainer.policy import PARTS, freeze
+    from mede2.trainer.world import join_world
 
     if compact:
         trl.trainer.utils._use_triton = lambda device: True
     processor = load_processor(job.model)
     processor.chat_template = _newline_before_turns(processor.chat_template)
-    on_cuda = job.device == "cuda"
-    if on_cuda:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.setdefault("MASTER_PORT", "29511")
+    if deepspeed:
+        join_world()
     arguments = DPOConfig(
         **ADAM, output_dir=str(job.scratch), beta=BETA, lr_scheduler_type="constant", max_grad_norm=1.0,
         per_device_train_batch_size=job.micro_batch_size,
         gradient_accumulation_steps=job.global_batch_size // job.micro_batch_size,
-        train_sampling_strategy="sequential", bf16=job.dtype == "bf16", use_cpu=not on_cuda,
-        deepspeed=str(job.deepspeed_file) if on_cuda else None, gradient_checkpointing=False, max_length=None,
+        train_sampling_strategy="sequential", bf16=job.dtype == "bf16", use_cpu=job.device == "cpu",
+        deepspeed=str(job.deepspeed_file) if deepspeed else None, gradient_checkpointing=False, max_length=None,
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    weights = DTYPES[job.dtype] if on_cuda else torch.float32
+    weights = DTYPES[job.dtype] if deepspeed else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(job.model, dtype=weights)
     freeze(model, {part: part == "language_model" for part in PARTS})
 
