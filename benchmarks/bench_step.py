@@ -41,19 +41,19 @@ from mede2.trainer.data.encoding import Encoder
 from mede2.trainer.data.processing import load_processor
 from mede2.trainer.data.records import read_records
 from mede2.trainer.data.sampler import Sampler
-from mede2.trainer.settings import ENHANCE, FIELDS, BatchArithmetic, Settings
+from mede2.trainer.settings import ENHANCE, BatchArithmetic, Settings
 
 EPOCHS = 3  # that our reference pass serves
 LEAVE_S = 20  # for a contender to end in order
 SPARE_UPDATES = 2  # data behind the last timed update, so that data workers have as much to do as before it
 PACKAGES = ("trl", "transformers", "deepspeed", "accelerate")
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the losses, and relative, of the log-probabilities
-OURS, TRL, COMPACT = "ours", "TRL", "TRL compact"
-ABLATIONS = {  # what is switched off, by settings
+OURS, TRL, COMPACT, ZERO3 = "ours", "TRL", "TRL compact", "TRL compact, ZeRO-3"
+VARIANTS = {  # ours, with one thing changed by settings
     "no shared prefix": {"shared_prefix": False},
-    "no packing": {"pack_length": 0},
     "no data workers": {"num_workers": 0},
     "no fused log-probabilities": {"logps": "reference"},
+    "packed rows": {"pack_length": 2048, "micro_batch_size": 1},
 }
 
 
@@ -76,19 +76,16 @@ class Case:
         )
 
 
-def contenders(device: str, ablations: bool, console: Console) -> dict[str, Contender]:
-    """By name; TRL first. An ablation whose setting is not there, or is off by default, says so and is left out."""
-    found = {TRL: Contender("trl")}
-    if device == "cpu":  # on CUDA, TRL is compact by itself
-        found[COMPACT] = Contender("trl", compact=True)
+def contenders(case: Case, variants: bool) -> dict[str, Contender]:
+    """By name, TRL first."""
+    found = {TRL: Contender("trl", deepspeed=case.device == "cuda")}  # on CUDA, it is compact by itself
+    if case.device == "cpu":
+        found |= {COMPACT: Contender("trl", compact=True), ZERO3: Contender("trl", compact=True, deepspeed=True)}
     found[OURS] = Contender("ours")
-    for name, settings in ABLATIONS.items() if ablations else ():
-        if missing := settings.keys() - FIELDS.keys():
-            console.print(f"absent: {name} (there is no setting {', '.join(missing)})")
-        elif all(getattr(Settings(), setting) == value for setting, value in settings.items()):
-            console.print(f"absent: {name} (it is so by default)")
-        else:
-            found[name] = Contender("ours", settings=settings)
+    if variants:
+        found |= {name: Contender("ours", settings=settings) for name, settings in VARIANTS.items()}
+    if case.global_batch_size == 1:
+        found.pop("packed rows", None)  # of one pair are what they are without
     return found
 
 
@@ -185,7 +182,7 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def measure(case: Case, rounds: int, ablations: bool, console: Console) -> list[dict]:
+def measure(case: Case, rounds: int, variants: bool, console: Console) -> list[dict]:
     """One row for each contender, TRL first."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -195,12 +192,12 @@ def measure(case: Case, rounds: int, ablations: bool, console: Console) -> list[
         batch = BatchArithmetic(case.global_batch_size, case.micro_batch_size, 1)
         processor = load_processor(model)
         examples = list(map(Encoder(processor, 4096), read_records((str(records),), ENHANCE)))
-        order = Sampler(num_pairs, batch, Settings().seed).epoch_order(0)
+        order = Sampler((0,) * num_pairs, batch, Settings().seed).epoch_order(0)
         job = Job(
             model, records, tuple(order), case.global_batch_size, case.micro_batch_size, case.dtype, case.device,
             REPOSITORY / "ds_configs" / "z3.json", scratch,
         )  # fmt: skip
-        found = contenders(case.device, ablations, console)
+        found = contenders(case, variants)
         reports = run_all(found, case, job, rounds)
         gap = check_same_work(reports, case.dtype)
         console.print(f"losses and log-probabilities of two updates are TRL's within {gap:.1e}")
@@ -222,7 +219,7 @@ def row_of(
         1e3 / (step_ms / case.global_batch_size + reference_ms / epochs) for epochs in (EPOCHS, 1)
     )
     spent = step_work(
-        config, sizes, shared=not is_trl and getattr(Settings(**contender.settings), "shared_prefix", False),
+        config, sizes, shared=not is_trl and Settings(**contender.settings).shared_prefix,
         all_rows=is_trl and case.device == "cpu" and not contender.compact,
         reference_passes=1 if is_trl else 1 / EPOCHS,
     )  # fmt: skip
@@ -280,7 +277,7 @@ def draw(path: Path, cases: dict[Case, list[dict]]) -> None:
     figure, panels = pyplot.subplots(len(cases), 2, figsize=size, squeeze=False, layout="constrained")
     for (case, rows), pair in zip(cases.items(), panels, strict=True):
         names = [row["contender"] for row in rows]
-        colours = ["C0" if name in (TRL, COMPACT) else "C1" if name == OURS else "C7" for name in names]
+        colours = ["C0" if name.startswith(TRL) else "C1" if name == OURS else "C7" for name in names]
         for panel, column, label in zip(pair, ("pairs_per_s", "peak_mib"), ("pairs/s", "peak MiB"), strict=True):
             bars = panel.barh(names, [row[column] for row in rows], color=colours)
             panel.bar_label(bars, fmt="%.3g" if column == "pairs_per_s" else "%.0f", padding=3, fontsize=8)
@@ -292,17 +289,17 @@ def draw(path: Path, cases: dict[Case, list[dict]]) -> None:
 
 
 def headline(case: Case, rows: list[dict]) -> dict:
-    """Ours over TRL's, and each ablation's over ours."""
+    """Ours over TRL's, and each variant's over ours."""
     by_name = {row["contender"]: row for row in rows}
     ours, trl = by_name[OURS], by_name[TRL]
-    compact = by_name.get(COMPACT, trl)
+    compact, zero3 = by_name.get(COMPACT, trl), by_name.get(ZERO3, trl)
 
     def ratio(row: dict, other: dict, column: str) -> float:
         return round(row[column] / other[column], 3)
 
     without = {
         name: {"pairs_per_s": ratio(row, ours, "pairs_per_s"), "peak": ratio(row, ours, "peak_mib")}
-        for name, row in by_name.items() if name in ABLATIONS
+        for name, row in by_name.items() if name in VARIANTS
     }  # fmt: skip
     without["reference charged to 1 epoch"] = {
         "pairs_per_s": round(ours["pairs_per_s_1_epoch"] / ours["pairs_per_s"], 3), "peak": 1.0,
@@ -311,9 +308,11 @@ def headline(case: Case, rows: list[dict]) -> dict:
         "case": f"{case.model} {case.dtype} {case.device}",
         "pairs_per_s_vs_trl": ratio(ours, trl, "pairs_per_s"),
         "pairs_per_s_vs_trl_compact": ratio(ours, compact, "pairs_per_s"),
+        "pairs_per_s_vs_trl_zero3": ratio(ours, zero3, "pairs_per_s"),
         "peak_vs_trl": ratio(ours, trl, "peak_mib"),
         "peak_vs_trl_compact": ratio(ours, compact, "peak_mib"),
-        "data_wait_share": ours["data_wait_share"],
+        "peak_vs_trl_zero3": ratio(ours, zero3, "peak_mib"),
+        "data_wait_share": round(ours["data_wait_share"], 4),
         "ablation": without,
     }
 
@@ -332,14 +331,14 @@ def headline(case: Case, rows: list[dict]) -> dict:
 @click.option("--pairs", type=click.IntRange(min=1), help="Pairs an update; default 4, 1 if --quick, 8 on CUDA.")
 @click.option("--micro-batch-size", default=1, show_default=True, type=click.IntRange(min=1), help="Pairs a forward.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Timed updates of each; default 5, 2 if --quick.")
-@click.option("--ablations/--no-ablations", default=True, show_default=True, help="Ours without each feature as well.")
+@click.option("--variants/--no-variants", default=True, show_default=True, help="Ours without each feature as well.")
 @click.option("--quick", is_flag=True, help="One case, few rounds: under two minutes on two cores.")
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), default=REPOSITORY / "benchmarks" / "results",
     help="Folder of bench_step.csv, which grows, and bench_step.png.  [default: benchmarks/results]",
 )  # fmt: skip
 def main(
-    device, models, dtypes, prompt, answer, pairs, micro_batch_size, rounds, ablations, quick, output
+    device, models, dtypes, prompt, answer, pairs, micro_batch_size, rounds, variants, quick, output
 ) -> None:  # fmt: skip
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device: got cuda, but torch sees no GPU here")
@@ -368,7 +367,7 @@ def main(
     for model in models:
         for dtype in dtypes:
             case = Case(model, dtype, device, prompt, answer, pairs, micro_batch_size)
-            rows = measure(case, rounds, ablations, console)
+            rows = measure(case, rounds, variants, console)
             append_csv(output / "bench_step.csv", [{"date": place["date"], **machine, **place, **row} for row in rows])
             console.print(as_table(rows, case))
             measured[case] = rows

@@ -13,6 +13,8 @@ from torch import Tensor
 from mede2.trainer.data.collate import Collator
 from mede2.trainer.data.dataset import load_dataset
 from mede2.trainer.data.encoding import Encoder
+from mede2.trainer.data.layout import Layout
+from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.processing import load_processor, locate_model
 from mede2.trainer.data.sampler import Slot
 from mede2.trainer.settings import Settings
@@ -38,7 +40,7 @@ def answer_states(model: str, data: str, stage: int, max_rows: int | None) -> di
     processor, settings = load_processor(folder), Settings()
     encoder = Encoder(processor, settings.max_length, settings.grey_window)
     dataset = load_dataset((data,), stage, encoder, "stop", world)
-    collator = Collator(processor, dataset.has_images, settings.grey_window)
+    collator = Collator(processor, Positions(folder), dataset.has_images, Layout())
     policy = load_policy(folder, dtype=dtype, attention=settings.attention, implementation="auto").to(world.device)
     policy.eval()
     head = policy.model.get_output_embeddings()
@@ -47,8 +49,7 @@ def answer_states(model: str, data: str, stage: int, max_rows: int | None) -> di
     hidden, targets, num_rows = [], [], 0
     for index in range(len(dataset.examples)):
         batch = collator(dataset.examples, [Slot(index, 1)]).to(world.device, dtype)
-        states = policy.model.model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        hidden.append(states.index_select(0, batch.rows).cpu())
+        hidden.append(policy.answer_states(batch.inputs, batch.branches, batch.rows).cpu())
         targets.append(batch.targets.cpu())
         num_rows += len(batch.rows)
         if max_rows and num_rows >= max_rows:

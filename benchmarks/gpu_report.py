@@ -130,12 +130,12 @@ def benchmark(device: str, folder: Path) -> dict:
 
 
 def step(device: str, folder: Path) -> dict | None:
-    """benchmarks/bench_step.py, without its ablations: Stage II beside TRL's DPOTrainer on a model of Qwen2.5-VL-3B's
+    """benchmarks/bench_step.py, without its variants: Stage II beside TRL's DPOTrainer on a model of Qwen2.5-VL-3B's
     shape (a CPU: the smallest). Its headline, or what went wrong; None where there is no TRL."""
     if importlib.util.find_spec("trl") is None:
         return None
     small = {"--model": "demo", "--dtype": "fp32", "--prompt": "64", "--answer": "16", "--pairs": "1", "--rounds": "1"}
-    sizes = ["--no-ablations", *(chain(*small.items()) if device == "cpu" else ())]
+    sizes = ["--no-variants", *(chain(*small.items()) if device == "cpu" else ())]
     command = [sys.executable, str(ROOT / "benchmarks/bench_step.py"), "--device", device, "--output", str(folder)]
     try:
         return json.loads(run_logged([*command, *sizes]).splitlines()[-1])

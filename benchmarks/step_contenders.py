@@ -10,6 +10,7 @@ Imports transformers and, in the processes, trl.
 
 import ctypes
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -98,6 +99,7 @@ def contend(contender: Contender, job: Job, connection: Connection, log: Path) -
     os.setpgrp()
     pr_set_pdeathsig = 1  # of prctl(2): if the benchmark is killed, its contenders do not stay
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # a command's own default
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
@@ -134,7 +136,7 @@ def train_ours(job: Job, gate: Gate, settings: dict) -> None:
     run.train = partial(gated, run.train)
     values = ADAM | {
         "model": str(job.model), "train": [str(job.records)], "output": str(output), "dtype": job.dtype, "beta": BETA,
-        "nll_weight": 0.0, "scheduler": "constant", "warmup_ratio": 0.0,
+        "objective": {"sigmoid": 1.0}, "scheduler": "constant", "warmup_ratio": 0.0,
         "global_batch_size": job.global_batch_size, "micro_batch_size": job.micro_batch_size,
     }  # fmt: skip
     run.run_stage(resolve(ENHANCE, [("bench_step", values | settings)]), str(job.deepspeed_file), join_world())

@@ -19,32 +19,33 @@ from PIL import Image
 MAX_PIXELS = 96 * 64
 MIN_PIXELS = 32 * 32
 
-# Chat templates that render what the published ones render. Qwen/Qwen2.5-VL-7B-Instruct, chat_template.json: a default
-# system prompt where none is given. OpenGVLab/InternVL3-8B-hf, chat_template.jinja: no default, an image on a line of
-# its own. Both end every turn, the assistant's too, with <|im_end|> and a line break.
-QWEN2_5_VL_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' -%}
-{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
-{%- endif -%}
-{%- for message in messages -%}
-    {{ '<|im_start|>' ~ message['role'] ~ '\\n' }}
-    {%- set parts = [{'text': message['content']}] if message['content'] is string else message['content'] -%}
-    {%- for part in parts -%}
-        {{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}
-    {%- endfor -%}
-    {{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"""
-INTERNVL3_TEMPLATE = """\
-{%- for message in messages -%}
-    {{ '<|im_start|>' ~ message['role'] ~ '\\n' }}
-    {%- set parts = [{'text': message['content']}] if message['content'] is string else message['content'] -%}
-    {%- for part in parts -%}
-        {{ '<IMG_CONTEXT>\\n' if part['type'] == 'image' else part['text'] }}
-    {%- endfor -%}
-    {{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"""
+
+def _chat_template(image: str, opening: str = "") -> str:
+    """A template in the manner of Qwen's: turns in <|im_start|> and <|im_end|>, each with a line break behind it.
+
+    Args:
+        image: what stands for an image.
+        opening: stands before a conversation that has no system message.
+    """
+    return (
+        "{% if messages[0]['role'] != 'system' %}{{ " + repr(opening) + " }}{% endif %}"
+        "{% for message in messages %}{{ '<|im_start|>' ~ message['role'] ~ '\\n' }}"
+        "{% set parts = [{'text': message['content']}] if message['content'] is string else message['content'] %}"
+        "{% for part in parts %}{{ " + repr(image) + " if part['type'] == 'image' else part['text'] }}{% endfor %}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"
+    )
+
+
+# They render what the published ones render: Qwen/Qwen2.5-VL-7B-Instruct, chat_template.json, a default system prompt
+# where none is given; Qwen/Qwen3-VL-8B-Instruct, chat_template.jinja, none; OpenGVLab/InternVL3-8B-hf,
+# chat_template.jinja, none, and an image on a line of its own.
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+TEMPLATES = {
+    "qwen2_5_vl": _chat_template(QWEN_IMAGE, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"),
+    "qwen3_vl": _chat_template(QWEN_IMAGE),
+    "internvl3": _chat_template("<IMG_CONTEXT>\n"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -190,7 +191,7 @@ def internvl_folder(tmp_path_factory) -> Path:
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=base.backend_tokenizer, pad_token=base.pad_token, eos_token=base.eos_token,
-        chat_template=INTERNVL3_TEMPLATE, extra_special_tokens=names | {"video_token": "<video>"},
+        chat_template=TEMPLATES["internvl3"], extra_special_tokens=names | {"video_token": "<video>"},
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
     GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -207,10 +208,94 @@ def internvl_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def families(model_folder, internvl_folder) -> dict:
-    """Processors of two model families, with the chat templates of their published models."""
+def sharpen():
+    """`sharpen(model, seed)`: weights so large that attention is sharp and every gradient counts."""
+
+    def draw(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                scale, centre = (0.08, 0.0) if parameter.ndim > 1 else (0.05, float(parameter.mean()))
+                parameter.copy_(centre + scale * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory, model_folder, internvl_folder, sharpen) -> dict[str, Path]:
+    """A small model of each family with sharp weights and the chat template of its published models."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from mede2.trainer.data.processing import save_processor
+
+    qwen, internvl = AutoConfig.from_pretrained(model_folder), AutoConfig.from_pretrained(internvl_folder)
+    sources = {
+        "qwen2_5_vl": (model_folder, qwen),
+        "qwen3_vl": (model_folder, _qwen3_vl_config(qwen)),  # one tokenizer and image processor serve both
+        "internvl3": (internvl_folder, internvl),
+    }
+    folders = {}
+    for family, (source, config) in sources.items():
+        folder = folders[family] = tmp_path_factory.mktemp(family)
+        sharpen(AutoModelForImageTextToText.from_config(config, dtype=torch.float32), 1).save_pretrained(folder)
+        save_processor(source, folder, max_pixels=None)
+        (folder / "chat_template.jinja").write_text(TEMPLATES[family], encoding="utf-8")
+    return folders
+
+
+def _qwen3_vl_config(qwen2_5_vl):
+    """Of a small Qwen3-VL: interleaved M-RoPE, and deepstack features of two layers of the vision tower."""
+    from transformers import Qwen3VLConfig
+
+    older = qwen2_5_vl.text_config
+    text = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "eos_token_id", "pad_token_id")
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return Qwen3VLConfig(
+        text_config={
+            **{name: getattr(older, name) for name in text}, "num_hidden_layers": 3, "intermediate_size": 192,
+            "head_dim": older.hidden_size // older.num_attention_heads,
+            "rope_parameters": older.rope_parameters | {"mrope_interleaved": True},
+        },
+        vision_config={
+            "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "depth": 3, "deepstack_visual_indexes": [0, 1],
+            "out_hidden_size": older.hidden_size, "num_position_embeddings": 64, "patch_size": 8,
+        },
+        tie_word_embeddings=True, **{name: getattr(qwen2_5_vl, name) for name in ids},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def family_files(tmp_path_factory, write_image, write_rows, user, assistant) -> dict[int, Path]:
+    """Rows with 1, 0, 3 and 2 images of several sizes, by stage. Stage I: two turns, the last image in the second."""
+    folder = tmp_path_factory.mktemp("family_files")
+    sizes = [(48, 32), (96, 64), (32, 80), (64, 64)]
+    demonstrations, pairs, written = [], [], 0
+    for number in (1, 0, 3, 2):
+        images = []
+        for _ in range(number):
+            images.append(write_image(folder / f"{written}.png", *sizes[written % len(sizes)], seed=written).name)
+            written += 1
+        in_second = min(number, 1)
+        turns = [
+            user(f"Case {number}: where?", number - in_second),
+            assistant("<think>" + "left " * number + "</think>mass"),
+            user("And here?", in_second),
+            assistant("clear" + ", and so on" * (3 - number)),
+        ]
+        prompt = [user(f"Case {number}: which finding?", number)]
+        rejected = [assistant("no finding" + " at all" * (4 - number))]
+        with_images = {"images": images} if images else {}
+        demonstrations.append({"messages": turns} | with_images)
+        pairs.append({"prompt": prompt, "chosen": turns[1:2], "rejected": rejected} | with_images)
+    return {
+        1: write_rows(folder / "stage1.jsonl", demonstrations), 2: write_rows(folder / "stage2.jsonl", pairs)
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def families(family_folders) -> dict:
+    """The processor of each of `family_folders`."""
     from mede2.trainer.data.processing import load_processor
 
-    qwen, internvl = load_processor(model_folder), load_processor(internvl_folder)
-    qwen.chat_template = qwen.tokenizer.chat_template = QWEN2_5_VL_TEMPLATE
-    return {"qwen2_5_vl": qwen, "internvl3": internvl}
+    return {family: load_processor(folder) for family, folder in family_folders.items()}

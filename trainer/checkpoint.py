@@ -18,19 +18,20 @@ MARKER = "complete.json"  # written last; a folder without it is not a checkpoin
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder, the updates it holds, and the identity of its run."""
+    """A complete checkpoint: its folder, the updates it holds, the identity of its run, the state of its objective."""
 
     path: Path
     step: int
     world_size: int
     identity: dict[str, Any]
+    objective: dict[str, float]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Raises ValueError where `path` is no complete checkpoint."""
     try:
         marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        return Checkpoint(path, marker["step"], marker["world_size"], marker["identity"])
+        return Checkpoint(path, marker["step"], marker["world_size"], marker["identity"], marker["objective"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"resume: {path} is no complete checkpoint ({MARKER} is missing or damaged)") from error
 
@@ -41,8 +42,11 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return max(complete, key=lambda checkpoint: checkpoint.step, default=None)
 
 
-def save_checkpoint(engine: Engine, folder: Path, step: int, identity: dict[str, Any]) -> Path:
-    """Write the state after `step` updates: weights, optimizer, and every rank's random number generators."""
+def save_checkpoint(
+    engine: Engine, folder: Path, step: int, identity: dict[str, Any], objective: dict[str, float]
+) -> Path:
+    """Write the state after `step` updates: weights, optimizer, every rank's random number generators, and what the
+    objective carries (its `state_dict`, the same on all ranks)."""
     world, final = engine.world, folder / f"step-{step:06d}"
     partial = folder / f".{final.name}.partial"
 
@@ -51,7 +55,8 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, identity: dict[str,
         folder.mkdir(parents=True, exist_ok=True)
 
     def complete() -> None:
-        write_json(partial / MARKER, {"step": step, "world_size": world.size, "identity": identity})
+        marker = {"step": step, "world_size": world.size, "identity": identity, "objective": objective}
+        write_json(partial / MARKER, marker)
         shutil.rmtree(final, ignore_errors=True)  # of an earlier run through the same step
         os.rename(partial, final)
 

@@ -13,6 +13,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import Tensor
 
 from mede2.trainer.losses import sum_by_sequence
@@ -100,14 +101,25 @@ def fill_deepspeed_config(
                 f'--ds: {field} is {given}, but must be {value} by {setting}; write "auto" or make them agree'
             )
         _put(filled, field, value)
+    swaps = [f"zero_optimization.offload_{what}" for what in ("optimizer", "param")]
+    swaps = [f"{section}.nvme_path" for section in swaps if _get(filled, f"{section}.device") == "nvme"]
+    unset = [field for field in swaps if _get(filled, field) in ("auto", None)]
+    if unset and settings.nvme_path is None:
+        raise ValueError(f"nvme_path: not set, but the --ds file needs it ({', '.join(unset)}); name a folder on NVMe")
+    if settings.nvme_path is not None and not unset:
+        raise ValueError(f"nvme_path: {settings.nvme_path}, but no offload to NVMe in the --ds file asks for it")
+    for field in unset:
+        _put(filled, field, settings.nvme_path)
     for field, value in sizes.items():
         if _get(filled, field) == "auto":
             _put(filled, field, value)
     if left := [field for field in _paths(filled) if _get(filled, field) == "auto"]:
         raise ValueError(f'--ds: {", ".join(left)}: no setting fills this "auto"; write a value')
     offloads = settings.optimizer == "cpu_adam"
-    if offloads and _get(filled, "zero_optimization.offload_optimizer.device") != "cpu":
-        raise ValueError("optimizer: cpu_adam needs zero_optimization.offload_optimizer.device cpu in the --ds file")
+    if offloads and _get(filled, "zero_optimization.offload_optimizer.device") not in ("cpu", "nvme"):
+        raise ValueError(
+            "optimizer: cpu_adam needs zero_optimization.offload_optimizer.device cpu or nvme in the --ds file"
+        )
     filled |= {
         "managed_gradient_accumulation": False,  # the loop's engine.update() is the accumulation boundary
         "zero_allow_untested_optimizer": True,
@@ -115,6 +127,13 @@ def fill_deepspeed_config(
         "steps_per_print": 10**12,
     }
     return filled
+
+
+def check_nvme(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a configuration offloads to NVMe and DeepSpeed cannot build what does that."""
+    devices = [_get(config, f"zero_optimization.offload_{what}.device") for what in ("optimizer", "param")]
+    if "nvme" in devices and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError("nvme_path: DeepSpeed's offload to NVMe needs libaio with its headers (Debian: libaio-dev)")
 
 
 def _get(config: Mapping, field: str):
@@ -186,7 +205,9 @@ class Engine:
 
     def __call__(self, micro_batch) -> Tensor:
         """Log-probabilities (N,) fp32 of a micro-batch's answer tokens."""
-        return self.deepspeed(micro_batch.inputs, micro_batch.rows, micro_batch.targets, micro_batch.sequence)
+        return self.deepspeed(
+            micro_batch.inputs, micro_batch.branches, micro_batch.rows, micro_batch.targets, micro_batch.sequence
+        )
 
     @torch.no_grad()
     def answer_logps(self, micro_batch) -> Tensor:

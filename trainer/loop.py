@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from mede2.trainer.data.dataset import Batches
+from mede2.trainer.data.batches import Batches
 from mede2.trainer.engine import Engine, NonFiniteUpdate
 from mede2.trainer.objectives import Objective, Stats
 from mede2.trainer.settings import Settings, learning_rate_at
@@ -42,12 +42,13 @@ def train(
     Raises:
         NonFiniteUpdate: on every rank, before anything is updated; names the rows.
     """
+    feed = batches.feed(range(first_step, num_steps))
     for step in range(first_step, num_steps):
         engine.set_learning_rate(learning_rate_at(settings, step, num_steps))
         totals = batches.totals(step)  # pairs and answer tokens, over ranks and accumulation
         stats: Stats = {}
         suspects: list[str] = []
-        for micro_batch in batches.micro_batches(step):
+        for micro_batch in feed.micro_batches(step):  # collated ahead by workers
             micro_batch = micro_batch.to(engine.world.device, engine.dtype)
             token_logps = engine(micro_batch)  # (N,) fp32, answer tokens only, no logits
             loss, shares = objective(token_logps, micro_batch, totals)
@@ -62,8 +63,10 @@ def train(
             raise NonFiniteUpdate(f"step {step + 1}: the loss is {metrics['loss']}; rows: {', '.join(rows)}")
         before_update(step, metrics)
         metrics["grad_norm"] = engine.update()  # raises on every rank if the engine skipped it
+        objective.observe(metrics)
         metrics["learning_rate"] = learning_rate_at(settings, step, num_steps)
         metrics["num_tokens"] = totals.num_tokens
+        metrics["data_wait_ms"], feed.waited_s = 1e3 * feed.waited_s, 0.0
         after_update(step, metrics)
 
 
@@ -73,8 +76,10 @@ def evaluate(engine: Engine, objective: Objective, batches: Batches) -> dict[str
     engine.deepspeed.eval()
     totals = batches.whole()
     stats: Stats = {}
-    for step in range(batches.sampler.steps_per_epoch):
-        for micro_batch in batches.micro_batches(step):
+    steps = range(batches.sampler.steps_per_epoch)
+    feed = batches.feed(steps)
+    for step in steps:
+        for micro_batch in feed.micro_batches(step):
             micro_batch = micro_batch.to(engine.world.device, engine.dtype)
             _, shares = objective(engine(micro_batch), micro_batch, totals)
             stats = {name: stats.get(name, 0.0) + share for name, share in shares.items()}

@@ -1,6 +1,7 @@
-"""Watching a run: metrics.jsonl (one row an update), TensorBoard, and a progress line. Only rank 0 writes."""
+"""Watching a run: metrics.jsonl (one row an update), TensorBoard, alarms, a progress line. Only rank 0 writes."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from mede2.trainer.alarms import Alarms
 from mede2.trainer.files import write_text
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_s")
@@ -36,18 +38,22 @@ class Metrics:
         first_step: updates already done.
         num_steps: updates of the whole run.
         title: of the progress line.
+        tracker: the started run of Weights & Biases, or None.
     """
 
-    def __init__(self, output: Path, first_step: int, num_steps: int, title: str):
+    def __init__(self, output: Path, first_step: int, num_steps: int, title: str, tracker=None):
         path = output / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= first_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
-        self.num_steps, self.title = num_steps, title
+        self.alarms = Alarms()
+        for row in kept:
+            self.alarms(row)
+        self.num_steps, self.title, self.tracker = num_steps, title, tracker
         self.done_here, self.started = 0, time.perf_counter()
         self.start_lap()
-        console = Console(stderr=False)
+        self.console = console = Console(stderr=False)
         self.progress = None
         if console.is_terminal:
             self.progress = Progress(
@@ -66,13 +72,24 @@ class Metrics:
         return time.perf_counter() - self.lap_started
 
     def row(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        """Write the row of update `step` (from 1), which took `seconds`; adds step_ms, tokens_per_s and peak_gib."""
+        """Write the row of update `step` (from 1), which took `seconds`; adds step_ms, tokens_per_s, peak_gib and the
+        marks of alarms."""
         row = {"step": step} | metrics
         row |= {"step_ms": seconds * 1e3, "tokens_per_s": metrics["num_tokens"] / seconds, "peak_gib": peak_gib()}
+        starting, marks = self.alarms(row)
+        row |= marks
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(row)
+        for name, text in starting.items():
+            line = f"alarm at update {step}, {name}: {text}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.board.add_text(f"alarms/{name}", text, step)
+            if self.tracker:
+                self.tracker.alert(f"{name} at update {step}", text)
         self._show(step, row)
 
     def _show(self, step: int, row: dict[str, float]) -> None:
@@ -89,6 +106,8 @@ class Metrics:
             self.progress.stop()
         self.file.close()
         self.board.close()
+        if self.tracker:
+            self.tracker.finish(exit_code=int(sys.exception() is not None))
 
 
 def peak_gib() -> float:

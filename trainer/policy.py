@@ -13,6 +13,8 @@ from transformers import AutoModelForImageTextToText
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from mede2.kernels.logps import linear_logps
+from mede2.trainer.activations import Offload
+from mede2.trainer.attention import branch_mask
 
 PARTS = ("language_model", "vision_tower", "merger")
 VISION_NAMES = ("visual", "vision_tower")  # Qwen; InternVL and most others
@@ -55,21 +57,33 @@ class Policy(nn.Module):
 
         head.forward = types.MethodType(head_forward, head)
 
-    def forward(self, inputs: Mapping[str, Tensor], rows: Tensor, targets: Tensor, sequence: Tensor) -> Tensor:
+    def forward(
+        self, inputs: Mapping[str, Tensor], branches: Tensor | None, rows: Tensor, targets: Tensor, sequence: Tensor
+    ) -> Tensor:
         """Log-probabilities of answer tokens.
 
         Args:
-            inputs: of the model: input_ids (S, T) and the rest.
-            rows: (N,) int64, positions in the flattened (S * T) hidden states.
-            targets: (N,) int64, the tokens that those positions predict.
+            inputs, branches, rows: as in `answer_states`.
+            targets: (N,) int64, the tokens that those rows predict.
             sequence: (N,) int64, the sequence of each. Both stages weigh all tokens of a sequence alike, so one
                 gradient comes back to each (`groups` of `linear_logps`).
 
         Returns:
             (N,) fp32.
         """
-        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state  # (S, T, H)
-        return self.model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows), targets, sequence)
+        return self.model.get_output_embeddings()(self.answer_states(inputs, branches, rows), targets, sequence)
+
+    def answer_states(self, inputs: Mapping[str, Tensor], branches: Tensor | None, rows: Tensor) -> Tensor:
+        """Final hidden states (N, H) that predict the answer tokens.
+
+        Args:
+            inputs: of the model: input_ids (R, T), position_ids and the images' tensors.
+            branches: (2, R, T) int64, piece and branch of each token, or None for the model's own causal mask.
+            rows: (N,) int64, positions in the flattened (R * T) hidden states.
+        """
+        mask = None if branches is None else branch_mask(*branches, dtype=self.model.dtype)
+        hidden = self.model.model(**inputs, attention_mask=mask, use_cache=False).last_hidden_state  # (R, T, H)
+        return hidden.flatten(0, 1).index_select(0, rows)
 
 
 def load_policy(
@@ -80,6 +94,7 @@ def load_policy(
     implementation: str,
     deepspeed_config: dict | None = None,
     activation_checkpointing: bool = False,
+    activation_offload: bool = False,
 ) -> Policy:
     """Load a model folder.
 
@@ -91,6 +106,7 @@ def load_policy(
         deepspeed_config: the whole DeepSpeed configuration. With ZeRO stage 3 the model is built partitioned over the
             ranks, parameter by parameter: no device holds it whole, and only rank 0 reads the weights.
         activation_checkpointing: recompute activations in backward.
+        activation_offload: and keep what that needs in host memory.
 
     Raises:
         ValueError: the folder does not load as an image-text model, or its weights are not those of its config.
@@ -121,7 +137,10 @@ def load_policy(
         )
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model, implementation)
+    policy = Policy(model, implementation)
+    if activation_offload:
+        policy.offload = Offload(model)
+    return policy
 
 
 def _zero_stage(deepspeed_config: dict) -> int:

@@ -12,15 +12,18 @@ from transformers import AutoConfig
 
 from mede2.kernels.logps import choose_implementation
 from mede2.trainer.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.collate import Collator
-from mede2.trainer.data.dataset import Batches, DataSet, load_dataset
+from mede2.trainer.data.dataset import DataSet, load_dataset
 from mede2.trainer.data.encoding import Encoder
+from mede2.trainer.data.layout import Layout
+from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
-from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
-from mede2.trainer.settings import FIELDS, STAGE_NAMES, BatchArithmetic, Resolved, Settings
+from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Resolved, Settings
 from mede2.trainer.world import World
 
 SUMMARY = "summary.json"  # of an output folder; written last: the run is done
@@ -69,6 +72,7 @@ class Prepared:
 def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World) -> Prepared:
     """Check everything that can be checked before weights are loaded; see `Prepared`."""
     config = read_deepspeed_file(deepspeed_file)
+    check_nvme(config)
     batch = BatchArithmetic(resolved.settings.global_batch_size, resolved.settings.micro_batch_size, world.size)
     if resolved.settings.model is None:
         resolved = resolved.replaced("embedded default", model=str(defaults.BASE_MODEL))
@@ -95,15 +99,28 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     if settings.train_merger and not train_set.has_images:
         raise ValueError("train_merger: no training record has an image")
 
-    def batches(dataset: DataSet, seed: int | None) -> Batches:
-        collator = Collator(processor, dataset.has_images, settings.grey_window)
-        return Batches(dataset, Sampler(len(dataset.examples), batch, seed), collator, world)
+    text_config = AutoConfig.from_pretrained(model).get_text_config()
+    _check_attention(settings, resolved.stage, text_config)
+    positions = Positions(model)
 
-    train_batches = batches(train_set, settings.seed)
+    def batches(dataset: DataSet, seed: int | None, corrupted: bool) -> Batches:
+        layout = Layout(settings.shared_prefix, corrupted)
+        collator = Collator(
+            processor, positions, dataset.has_images, layout, packed=settings.pack_length > 0,
+            corruption=(settings.corruption, settings.seed) if corrupted else None, grey_window=settings.grey_window,
+        )  # fmt: skip
+        lengths = tuple(map(layout.length, dataset.examples))
+        if settings.pack_length and max(lengths) > settings.pack_length:
+            longest = dataset.examples[lengths.index(max(lengths))]
+            raise ValueError(f"pack_length: {settings.pack_length} is less than the {max(lengths)} of {longest.source}")
+        sampler = Sampler(lengths, batch, seed, settings.pack_length)
+        return Batches(dataset, sampler, collator, world, settings.num_workers)
+
+    _check_corruption(settings, train_set, eval_set)
+    train_batches = batches(train_set, settings.seed, "image_conditional" in settings.objective)
     num_steps = max(1, round(settings.epochs * train_batches.sampler.steps_per_epoch))
     if settings.max_steps is not None:
         num_steps = min(num_steps, settings.max_steps)
-    text_config = AutoConfig.from_pretrained(model).get_text_config()
     identity = {
         "stage": resolved.stage,
         "settings": {
@@ -116,11 +133,41 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
         "eval": eval_set.fingerprint if eval_set else None,
         "reference": hash_weights(locate_model(settings.reference), world) if settings.reference else None,
     }  # fmt: skip
+    eval_batches = batches(eval_set, None, settings.corruption is not None) if eval_set else None
     return Prepared(
         resolved, world, model, output, dtype, implementation,
         fill_deepspeed_config(config, settings, batch, dtype, text_config.hidden_size), batch,
-        train_batches, batches(eval_set, None) if eval_set else None, num_steps, identity,
+        train_batches, eval_batches, num_steps, identity,
     )  # fmt: skip
+
+
+def _check_attention(settings: Settings, stage: int, text_config) -> None:
+    """Raise ValueError where the model or its attention cannot take the mask of a shared prefix."""
+    if stage != ENHANCE or not settings.shared_prefix:
+        return
+    if settings.attention == "flash_attention_2":
+        raise ValueError(
+            "attention: flash_attention_2 takes no mask of answers that share a prompt; use sdpa, or add "
+            "--set shared_prefix=false"
+        )
+    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
+        raise ValueError(
+            "shared_prefix: this model has layers of sliding attention, which its mask would undo; add "
+            "--set shared_prefix=false"
+        )
+
+
+def _check_corruption(settings: Settings, train_set: DataSet, eval_set: DataSet | None) -> None:
+    """Raise ValueError where no image is there to corrupt, or none to take another's place."""
+    if settings.corruption is None:
+        return
+    for name, dataset in {"training": train_set, "held-out": eval_set}.items():
+        if dataset is not None:
+            with_image = {example.digest for example in dataset.examples if example.images}
+            if len(with_image) < (2 if settings.corruption == "shuffle" else 1):
+                raise ValueError(
+                    f"corruption: {settings.corruption} needs images, and {len(with_image)} {name} records have one"
+                )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

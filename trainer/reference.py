@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mede2.trainer.data.dataset import Batches
+from mede2.trainer.data.batches import Batches
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import hash_json
 
@@ -27,7 +27,7 @@ def cache_path(folder: Path, components: dict[str, str]) -> Path:
 
 
 def read_cache(folder: Path, components: dict[str, str], num_examples: int) -> Tensor | None:
-    """The cached (num_examples, S) fp64 log-probabilities, or None where there are none.
+    """The cached (num_examples, sides) fp64 log-probabilities, or None where there are none.
 
     Raises:
         ValueError: a file of that name that is damaged or was made from something else; says what differs.
@@ -64,17 +64,19 @@ def compute(engine: Engine, batches: Batches, folder: Path, components: dict[str
         progress: called with (steps done, steps).
 
     Returns:
-        (num_examples, S) fp64 on the CPU, the same on all ranks.
+        (num_examples, sides) fp64 on the CPU, the same on all ranks.
     """
     share: dict[int, list[float]] = {}
     engine.deepspeed.eval()
-    for step in range(batches.sampler.steps_per_epoch):
-        for micro_batch in batches.micro_batches(step):
+    steps = range(batches.sampler.steps_per_epoch)
+    feed = batches.feed(steps)
+    for step in steps:
+        for micro_batch in feed.micro_batches(step):
             micro_batch = micro_batch.to(engine.world.device, engine.dtype)
-            answers = engine.answer_logps(micro_batch)  # (S * B,), the first sequence of each row first
+            answers = engine.answer_logps(micro_batch)  # (S,), the chosen answers first
             per_row = answers.view(-1, len(micro_batch.indices)).T
             share |= zip(micro_batch.indices, per_row.tolist(), strict=True)
-        progress(step + 1, batches.sampler.steps_per_epoch)
+        progress(step + 1, len(steps))
     engine.deepspeed.train()
     rows = {index: values for part in engine.world.gather(share) for index, values in part.items()}
     values = torch.tensor([rows[index] for index in range(len(batches.dataset.examples))], dtype=torch.float64)

@@ -1,5 +1,6 @@
 """One run of a stage, from settings to a verified model: the order in which everything happens."""
 
+import dataclasses
 import time
 from datetime import datetime
 from importlib.metadata import version
@@ -9,7 +10,8 @@ import torch
 
 from mede2.trainer import reference
 from mede2.trainer.checkpoint import load_checkpoint, save_checkpoint
-from mede2.trainer.data.dataset import DataSet, write_bad_rows
+from mede2.trainer.data.batches import Batches
+from mede2.trainer.data.dataset import write_bad_rows
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import Engine, make_optimizer
@@ -20,7 +22,9 @@ from mede2.trainer.metrics import Metrics, read_metrics
 from mede2.trainer.objectives import Enhance, Objective, elicit
 from mede2.trainer.policy import PARTS, Policy, freeze, load_policy
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
+from mede2.trainer.rehearsal import rehearse
 from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Resolved, resolve
+from mede2.trainer.weights_and_biases import check_wandb, start_wandb, started_run
 from mede2.trainer.world import World
 
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # mean |margin| before the first update
@@ -38,6 +42,8 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         ValueError: anything that a user can mend, before the first update.
     """
     started = time.perf_counter()
+    if resolved.settings.wandb:
+        world.on_main(check_wandb)
     output = Path(resolved.settings.output or f"runs/stage{resolved.stage}")
     if resolved.stage == ENHANCE and resolved.settings.model is None:
         resolved = _start_from_stage1(resolved, deepspeed_file, output, world)
@@ -52,12 +58,15 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         world.say(f"{output} holds this very run, done; --resume never runs it again")
         return output
     world.on_main(lambda: _write_inputs(run))
+    if run.settings.wandb:
+        world.on_main(lambda: start_wandb(run.settings, output, STAGE_NAMES[run.stage]))
     torch.manual_seed(run.settings.seed)
 
     objective, held_out_objective, engine = _objectives_and_engine(run)
     first_step = 0
     if checkpoint:
         load_checkpoint(engine, checkpoint)
+        objective.load_state_dict(checkpoint.objective)
         first_step = checkpoint.step
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
     _train(run, engine, objective, held_out_objective, first_step)
@@ -86,9 +95,9 @@ def _start_from_stage1(resolved: Resolved, deepspeed_file: str, output: Path, wo
     stage1 = output.parent / "stage1"
     if not world.on_main((stage1 / SUMMARY).exists):
         world.say(f"no --model and no finished Stage I in {stage1}: running Stage I first, with its embedded default")
-        layers = [("embedded default", defaults.recipe(ELICIT)), ("Stage II's flag", {"output": str(stage1)})]
-        if resolved.settings.dry_run:
-            layers.append(("Stage II's flag", {"dry_run": True}))
+        given = {name: getattr(resolved.settings, name) for name in ("dry_run", "wandb", "nvme_path")}
+        passed = {name: value for name, value in given.items() if value} | {"output": str(stage1)}
+        layers = [("embedded default", defaults.recipe(ELICIT)), ("Stage II's flag", passed)]
         run_stage(resolve(ELICIT, layers), deepspeed_file, world)
         if resolved.settings.dry_run:
             return resolved.replaced("embedded default (a dry run trains no Stage I)", model=str(defaults.BASE_MODEL))
@@ -115,9 +124,13 @@ def _objectives_and_engine(run: Prepared) -> tuple[Objective, Objective | None, 
     if run.stage == ELICIT:
         return elicit, elicit, _engine(run)
     settings = run.settings
+    if not settings.needs_reference:
+        run.world.say(f"objective {', '.join(settings.objective)}: nothing in it reads a reference, none is computed")
+        objective = Enhance(settings, None)
+        return objective, objective if run.held_out else None, _engine(run)
     sets = {"train": run.train} | ({"eval": run.held_out} if run.held_out else {})
     folder = Path(settings.reference_cache or run.output.parent / "reference_cache")
-    components = {name: _reference_components(run, batches.dataset) for name, batches in sets.items()}
+    components = {name: _reference_components(run, batches) for name, batches in sets.items()}
     found = run.world.on_main(lambda: {
         name: reference.read_cache(folder, components[name], len(batches.dataset.examples))
         for name, batches in sets.items()
@@ -135,12 +148,9 @@ def _objectives_and_engine(run: Prepared) -> tuple[Objective, Objective | None, 
     for name in found.keys() - missing:
         run.world.say(f"reference log-probabilities of the {name} records: found in {folder}")
     engine = _engine(run)
-
-    def objective(name: str) -> Enhance:
-        values = found[name].to(run.world.device)
-        return Enhance(values, settings.beta, settings.label_smoothing, settings.nll_weight)
-
-    return objective("train"), objective("eval") if run.held_out else None, engine
+    values = {name: found[name].to(run.world.device) for name in found}
+    objective = Enhance(settings, values["train"])
+    return objective, dataclasses.replace(objective, reference=values["eval"]) if run.held_out else None, engine
 
 
 class _Ticker:
@@ -155,11 +165,12 @@ class _Ticker:
             self.world.say(f"  reference pass {done}/{total}")
 
 
-def _reference_components(run: Prepared, dataset: DataSet) -> dict[str, str]:
+def _reference_components(run: Prepared, batches: Batches) -> dict[str, str]:
     return {
         "weights": run.identity["reference"] or run.identity["model"],
         "processor": run.identity["processor"],
-        "records": dataset.fingerprint,
+        "records": batches.dataset.fingerprint,
+        "corruption": str(batches.collator.corruption),
         "dtype": str(run.dtype),
         "attention": run.settings.attention,
         "log-probabilities": run.implementation,
@@ -190,6 +201,7 @@ def _load(run: Prepared, folder: Path) -> Policy:
     return load_policy(
         folder, dtype=run.dtype, attention=run.settings.attention, implementation=run.implementation,
         deepspeed_config=run.config, activation_checkpointing=run.settings.activation_checkpointing,
+        activation_offload=run.settings.activation_offload,
     )  # fmt: skip
 
 
@@ -198,11 +210,14 @@ def _train(
 ) -> None:
     """The loop with its watching, evaluating and saving."""
     settings, world = run.settings, run.world
-    watch = Metrics(run.output, first_step, run.num_steps, f"stage {run.stage}") if world.is_main else None
+    watch = None
+    if world.is_main:
+        tracker = started_run() if settings.wandb else None
+        watch = Metrics(run.output, first_step, run.num_steps, f"stage {run.stage}", tracker)
 
     def before_update(step: int, metrics: dict[str, float]) -> None:
         gap = metrics.pop("rewards/margins_abs", 0.0)
-        if step == 0 and not settings.reference and gap > START_TOLERANCE[engine.dtype]:
+        if step == 0 and settings.needs_reference and not settings.reference and gap > START_TOLERANCE[engine.dtype]:
             raise ValueError(
                 f"before the first update the margins must be zero, and their mean size is {gap:.2e} (allowed: "
                 f"{START_TOLERANCE[engine.dtype]:.0e}): the reference is not the starting policy"
@@ -218,11 +233,14 @@ def _train(
         if watch:
             watch.row(done, metrics, seconds)
         if done == run.num_steps or (settings.save_every and done % settings.save_every == 0):
-            save_checkpoint(engine, run.output / "checkpoints", done, run.identity)
+            save_checkpoint(engine, run.output / "checkpoints", done, run.identity, objective.state_dict())
         if watch:
             watch.start_lap()
 
+    steps = range(first_step, run.num_steps)
     try:
+        if steps:
+            rehearse(engine, objective, run.train, steps)
         train(
             engine, objective, run.train, settings, first_step=first_step, num_steps=run.num_steps,
             before_update=before_update, after_update=after_update,

@@ -15,6 +15,23 @@ import yaml
 ELICIT, ENHANCE = 1, 2
 STAGE_NAMES = {ELICIT: "Stage I (elicit)", ENHANCE: "Stage II (enhance)"}
 
+CORRUPTIONS = ("crop", "blank", "noise", "shuffle")
+_OF_REFERENCE = ("beta", "reference", "reference_cache")
+OBJECTIVES = {  # the losses that `objective` may mix, and the settings that each reads
+    "sigmoid": (*_OF_REFERENCE, "label_smoothing"),
+    "robust": (*_OF_REFERENCE, "label_smoothing"),
+    "sigmoid_norm": _OF_REFERENCE,
+    "hinge": _OF_REFERENCE,
+    "ipo": _OF_REFERENCE,
+    "bco_pair": _OF_REFERENCE,
+    "bco_pair_shifted": _OF_REFERENCE,
+    "simpo": ("beta", "simpo_gamma"),
+    "orpo": (),
+    "image_conditional": _OF_REFERENCE,
+    "anchor": _OF_REFERENCE,
+    "nll": (),
+}
+
 
 def _setting(
     default, help, *, at_least=None, above=None, below=None, at_most=None, choices=None, stage=None, harmless=False
@@ -33,6 +50,8 @@ def _setting(
     )
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -56,6 +75,19 @@ class Settings:
     micro_batch_size: int = _setting(
         1, "Examples (Stage II: pairs) per forward on one rank.", at_least=1, harmless=True
     )
+    shared_prefix: bool = _setting(
+        True, "Run prompt and images of a pair once, with both answers behind them.", stage=ENHANCE, harmless=True
+    )
+    pack_length: int = _setting(
+        0,
+        "Tokens of a packed row, image tokens counted: a micro-batch is then one row of as many examples as fit "
+        "(0: a row for each, padded).",
+        at_least=0,
+        harmless=True,
+    )
+    num_workers: int = _setting(
+        2, "Processes on each rank that decode and collate ahead of the step (0: none).", at_least=0, harmless=True
+    )
     max_pixels: int | None = _setting(
         None, "Largest image, pixels; unset: what the model's processor says.", at_least=1
     )
@@ -73,16 +105,36 @@ class Settings:
         "moved aside); PATH: continue that checkpoint.",
         harmless=True,
     )
+    wandb: str | None = _setting(
+        None,
+        "Project of Weights & Biases that gets the metrics and alarms too (pip install 'mede2[watch]').",
+        harmless=True,
+    )
     dry_run: bool = _setting(False, "Check settings and data, print what would run, train nothing.", harmless=True)
 
-    nll_weight: float = _setting(
-        1.0,
-        "Weight of the NLL on the chosen answers (reasoning-path supervision); 0: pure DPO.",
-        at_least=0,
+    objective: Mapping[str, float] = _setting(
+        {"sigmoid": 1.0, "nll": 1.0},
+        f"Weights of the losses that are added up, such as {{sigmoid: 1, nll: 2}}; known: {', '.join(OBJECTIVES)}.",
+        above=0,
+        choices=OBJECTIVES,
         stage=ENHANCE,
     )
     label_smoothing: float = _setting(
-        0.0, "Probability that a preference label is flipped (conservative DPO).", at_least=0, below=0.5, stage=ENHANCE
+        0.0,
+        "Probability that a preference label is flipped (sigmoid: conservative DPO; robust).",
+        at_least=0,
+        below=0.5,
+        stage=ENHANCE,
+    )
+    simpo_gamma: float = _setting(
+        0.5, "SimPO's target margin; goes with a beta of 2 and more.", at_least=0, stage=ENHANCE
+    )
+    corruption: str | None = _setting(
+        None,
+        "Chosen answers once more under a corrupted image, for image_conditional and the metric image_gap (without "
+        "image_conditional: in evaluation only).",
+        choices=CORRUPTIONS,
+        stage=ENHANCE,
     )
     reference: str | None = _setting(
         None, "Reference model, folder or hub name; unset: the starting policy.", stage=ENHANCE
@@ -122,6 +174,16 @@ class Settings:
     activation_checkpointing: bool = _setting(
         False, "Recompute activations in backward instead of keeping them.", harmless=True
     )
+    activation_offload: bool = _setting(
+        False,
+        "Keep what activation_checkpointing recomputes from (each layer's input) in host memory.",
+        harmless=True,
+    )
+    nvme_path: str | None = _setting(
+        None,
+        "Folder, of this run alone, for an offload to NVMe (ds_configs/z3_nvme.json; needs libaio and its headers).",
+        harmless=True,
+    )
     train_language_model: bool = _setting(True, "Train the language model and its head.")
     train_vision_tower: bool = _setting(False, "Train the vision tower.")
     train_merger: bool = _setting(False, "Train the merger between vision tower and language model.")
@@ -135,14 +197,42 @@ class Settings:
     def __post_init__(self):
         for item in fields(self):
             _check_value(item, getattr(self, item.name))
+        if self.pack_length and self.micro_batch_size > 1:
+            raise ValueError(
+                f"pack_length: a micro-batch is one packed row; micro_batch_size must be 1, not {self.micro_batch_size}"
+            )
         if self.grey_window is not None and self.grey_window[0] >= self.grey_window[1]:
             raise ValueError(
                 f"grey_window: the low end {self.grey_window[0]} must be below the high end {self.grey_window[1]}"
             )
+        if self.activation_offload and not self.activation_checkpointing:
+            raise ValueError("activation_offload: true needs activation_checkpointing: true")
         if not (self.train_language_model or self.train_vision_tower or self.train_merger):
             raise ValueError(
                 "train_language_model, train_vision_tower and train_merger are all false: nothing would train"
             )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        mix = ", ".join(self.objective)
+        if not self.objective:
+            raise ValueError("objective: {} is empty; name at least one loss and its weight, such as {sigmoid: 1}")
+        for item in fields(self):
+            readers = [name for name, reads in OBJECTIVES.items() if item.name in reads]
+            if readers and getattr(self, item.name) != item.default and not set(readers) & set(self.objective):
+                value = getattr(self, item.name)
+                raise ValueError(
+                    f"{item.name}: {value!r} has no meaning with objective {mix}; it belongs to {', '.join(readers)}"
+                )
+        if "robust" in self.objective and not self.label_smoothing:
+            raise ValueError("label_smoothing: objective robust needs one above 0; at 0 it is sigmoid")
+        if "image_conditional" in self.objective and self.corruption is None:
+            raise ValueError(f"corruption: objective image_conditional needs one of {', '.join(CORRUPTIONS)}")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any loss of the objective compares with a reference model."""
+        return any("reference" in OBJECTIVES[name] for name in self.objective)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -159,19 +249,27 @@ def _check_value(item, value) -> None:
     rules = item.metadata
     if value is None:
         return
-    if rules["choices"] and value not in rules["choices"]:
-        raise ValueError(f"{item.name}: {value!r} is not one of {', '.join(rules['choices'])}")
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ValueError(f"{item.name}: {number} is not a finite number")
-    for rule, holds, words in (
-        ("at_least", lambda v, limit: v >= limit, "at least"),
-        ("above", lambda v, limit: v > limit, "above"),
-        ("below", lambda v, limit: v < limit, "below"),
-        ("at_most", lambda v, limit: v <= limit, "at most"),
-    ):
-        if rules[rule] is not None and not holds(value, rules[rule]):
-            raise ValueError(f"{item.name}: {value} must be {words} {rules[rule]}")
+    names = value if isinstance(value, Mapping) else (value,)
+    if rules["choices"] and (unknown := [repr(name) for name in names if name not in rules["choices"]]):
+        raise ValueError(f"{item.name}: {', '.join(unknown)} is not one of {', '.join(rules['choices'])}")
+    for where, part in _parts(item.name, value):
+        if isinstance(part, float) and not math.isfinite(part):
+            raise ValueError(f"{where}: {part} is not a finite number")
+        for rule, holds, words in (
+            ("at_least", lambda v, limit: v >= limit, "at least"),
+            ("above", lambda v, limit: v > limit, "above"),
+            ("below", lambda v, limit: v < limit, "below"),
+            ("at_most", lambda v, limit: v <= limit, "at most"),
+        ):
+            if rules[rule] is not None and not holds(part, rules[rule]):
+                raise ValueError(f"{where}: {part} must be {words} {rules[rule]}")
+
+
+def _parts(name: str, value) -> list[tuple[str, Any]]:
+    """The single values in a value, each with the name that an error gives it."""
+    if isinstance(value, Mapping):
+        return [(f"{name}.{key}", part) for key, part in value.items()]
+    return [(name, part) for part in value] if isinstance(value, tuple) else [(name, value)]
 
 
 def _convert(name: str, value: Any, source: str) -> Any:
@@ -190,6 +288,9 @@ def _convert(name: str, value: Any, source: str) -> Any:
             return tuple(values)
         if fits and inner[0] is float and all(_is_number(v) for v in values):
             return tuple(float(v) for v in values)
+    elif origin is Mapping:
+        if isinstance(value, Mapping) and all(isinstance(k, str) and _is_number(v) for k, v in value.items()):
+            return {k: float(v) for k, v in value.items()}
     elif (kind is float and _is_number(value)) or (kind is int and _is_number(value) and float(value).is_integer()):
         return int(float(value)) if kind is int and isinstance(value, str) else kind(value)  # "1e3" is a whole number
     elif kind in (bool, str) and isinstance(value, kind):
@@ -212,6 +313,8 @@ def _describe(kind) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if kind in names:
         return names[kind]
+    if typing.get_origin(kind) is Mapping:
+        return "a mapping from names to numbers"
     inner = typing.get_args(kind)
     return f"a list of {'texts' if inner[0] is str else 'numbers'}" + (
         "" if inner[-1] is Ellipsis else f" of length {len(inner)}"

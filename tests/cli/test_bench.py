@@ -76,6 +76,8 @@ def test_a_dump_gives_what_the_models_own_logits_say(states, records):
 
     from mede2.trainer.data.collate import Collator
     from mede2.trainer.data.encoding import Encoder
+    from mede2.trainer.data.layout import Layout
+    from mede2.trainer.data.positions import Positions
     from mede2.trainer.data.processing import load_processor
     from mede2.trainer.data.records import read_records
     from mede2.trainer.data.sampler import Slot
@@ -86,7 +88,8 @@ def test_a_dump_gives_what_the_models_own_logits_say(states, records):
 
     processor = load_processor(BASE_MODEL)
     model = AutoModelForImageTextToText.from_pretrained(BASE_MODEL).eval()
-    encoder, collator, expected = Encoder(processor, 1024), Collator(processor, with_images=True), []
+    encoder, collator = Encoder(processor, 1024), Collator(processor, Positions(BASE_MODEL), True, Layout(False))
+    expected = []
     for record in list(read_records((records["stage2"],), 2))[:3]:
         batch = collator([encoder(record)], [Slot(0, 1)])
         with torch.no_grad():

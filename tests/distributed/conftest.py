@@ -92,21 +92,21 @@ def launch(tmp_path_factory) -> Callable[..., list[dict]]:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, str]:
+def models(tmp_path_factory, sharpen) -> dict[str, str]:
     """Model folders: tied and untied heads; `other` has other weights; `wide` is large enough to weigh in memory."""
     folder = tmp_path_factory.mktemp("models")
     tied = build_base(folder / "tied", seed=0)
     wide = {"hidden_size": 512, "intermediate_size": 2560, "num_attention_heads": 8}
     wide |= {"num_key_value_heads": 8, "mrope_section": [8, 12, 12], "out_hidden_size": 512}
-    _variant(tied, tied, seed=1, tie=True)
-    _variant(tied, folder / "other", seed=2, tie=True)
-    _variant(tied, folder / "untied", seed=3, tie=False)
-    _variant(tied, folder / "wide", seed=4, tie=False, **wide)
+    _variant(tied, tied, sharpen, seed=1, tie=True)
+    _variant(tied, folder / "other", sharpen, seed=2, tie=True)
+    _variant(tied, folder / "untied", sharpen, seed=3, tie=False)
+    _variant(tied, folder / "wide", sharpen, seed=4, tie=False, **wide)
     return {name: str(folder / name) for name in ("tied", "untied", "other", "wide")}
 
 
-def _variant(base: Path, folder: Path, *, seed: int, tie: bool, **sizes) -> None:
-    """Write `base` with other sizes and with weights so large that attention is sharp and every gradient counts."""
+def _variant(base: Path, folder: Path, sharpen: Callable, *, seed: int, tie: bool, **sizes) -> None:
+    """Write `base` with other sizes and with sharp weights."""
     config = AutoConfig.from_pretrained(base)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tie
     for name, value in sizes.items():
@@ -116,12 +116,7 @@ def _variant(base: Path, folder: Path, *, seed: int, tie: bool, **sizes) -> None
             config.vision_config.out_hidden_size = value
         else:
             setattr(config.text_config, name, value)
-    model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale, centre = (0.08, 0.0) if parameter.ndim > 1 else (0.05, float(parameter.mean()))
-            parameter.copy_(centre + scale * torch.randn(parameter.shape, generator=generator))
+    model = sharpen(AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32), seed)
     processor_files = [p for p in base.iterdir() if p.suffix in (".json", ".jinja", ".txt") and p.name != "config.json"]
     contents = {path.name: path.read_bytes() for path in processor_files}
     model.save_pretrained(folder)
@@ -149,7 +144,7 @@ def records(tmp_path_factory) -> dict[str, str]:
         image.putdata(pixels)
         image.save(folder / f"{number}.png")
         names.append(f"{number}.png")
-    rows: dict[str, list[dict]] = {"texts": [], "mixed": [], "pairs": []}
+    rows: dict[str, list[dict]] = {"texts": [], "mixed": [], "pairs": [], "long": []}
     for number, answer in enumerate(ANSWERS):
         text = {"type": "text", "text": f"Case {number}: which finding? " + "Write the zones. " * (number % 3)}
         parts, images = ([{"type": "image"}, text], [names[number]]) if number % 2 == 0 else ([text], [])
@@ -160,6 +155,9 @@ def records(tmp_path_factory) -> dict[str, str]:
             "prompt": [{"role": "user", "content": parts}], "chosen": say(answer),
             "rejected": say(ANSWERS[(number + 3) % len(ANSWERS)]), "images": images,
         })  # fmt: skip
+    for number, length in enumerate((20, 6000)):
+        prompt = [{"role": "user", "content": f"Case {number}: " + "a " * length}]
+        rows["long"].append({"prompt": prompt, "chosen": say("mass"), "rejected": say("clear")})
     for name, values in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values), encoding="utf-8")
     return {name: str(folder / f"{name}.jsonl") for name in rows}
@@ -211,19 +209,49 @@ def plain() -> type[Plain]:
 
 
 @pytest.fixture(scope="session")
-def reference_logps(models, records) -> list[list[float]]:
-    """Made-up reference log-probabilities of `pairs`, some nats away from the model's, so that no margin is zero."""
-    with torch.no_grad():
-        rows = Plain(models["tied"]).conversations(records["pairs"])
-    return [
-        [float(chosen.sum()) + 2.0 * number - 5.0, float(rejected.sum()) - 1.5 * number + 4.0]
-        for number, ((chosen, rejected), _) in enumerate(rows)
-    ]
+def make_reference() -> Callable[[str, str], list[list[float]]]:
+    """`make_reference(model, pairs)`: made-up reference log-probabilities of each pair of a file, some nats away from
+    the model's, so that no margin is zero."""
+
+    def make(model: str, pairs: str) -> list[list[float]]:
+        with torch.no_grad():
+            rows = Plain(model).conversations(pairs)
+        return [
+            [float(chosen.sum()) + 2.0 * number - 5.0, float(rejected.sum()) - 1.5 * number + 4.0]
+            for number, ((chosen, rejected), _) in enumerate(rows)
+        ]
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def truth(models, records, reference_logps) -> dict[str, dict]:
-    """Loss and gradients of each objective, written out by hand over the plain model's log-probabilities."""
+def reference_logps(make_reference, models, records) -> list[list[float]]:
+    return make_reference(models["tied"], records["pairs"])
+
+
+@pytest.fixture(scope="session")
+def dpo_and_nll() -> Callable[[str, str, list[list[float]]], dict]:
+    """`dpo_and_nll(model, pairs, reference)`: loss and gradients of Stage II, written out by hand over the plain
+    model's log-probabilities."""
+
+    def compute(model: str, pairs: str, reference: list[list[float]]) -> dict:
+        run = Plain(model)
+        sides = [pair for pair, _ in run.conversations(pairs)]
+        margins = torch.stack([
+            (chosen.double().sum() - rejected.double().sum()) - (of_chosen - of_rejected)
+            for (chosen, rejected), (of_chosen, of_rejected) in zip(sides, reference, strict=True)
+        ])  # fmt: skip
+        preference = -torch.nn.functional.logsigmoid(BETA * margins).mean()
+        loss = preference - torch.cat([chosen for chosen, _ in sides]).mean()
+        loss.backward()
+        return {"loss": float(loss.detach()), "gradients": run.gradients()}
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def truth(models, records, reference_logps, dpo_and_nll) -> dict[str, dict]:
+    """Loss and gradients of each objective, by hand."""
 
     def nll(folder: str, file: str) -> dict:
         run = Plain(folder)
@@ -232,21 +260,9 @@ def truth(models, records, reference_logps) -> dict[str, dict]:
         loss.backward()
         return {"loss": float(loss.detach()), "gradients": run.gradients()}
 
-    def dpo_and_nll(folder: str) -> dict:
-        run = Plain(folder)
-        sides = [pair for pair, _ in run.conversations(records["pairs"])]
-        margins = torch.stack([
-            (chosen.double().sum() - rejected.double().sum()) - (of_chosen - of_rejected)
-            for (chosen, rejected), (of_chosen, of_rejected) in zip(sides, reference_logps, strict=True)
-        ])  # fmt: skip
-        preference = -torch.nn.functional.logsigmoid(BETA * margins).mean()
-        loss = preference - torch.cat([chosen for chosen, _ in sides]).mean()
-        loss.backward()
-        return {"loss": float(loss.detach()), "gradients": run.gradients()}
-
     return {
         "elicit": nll(models["tied"], records["texts"]),
         "elicit_mixed": nll(models["tied"], records["mixed"]),
-        "enhance": dpo_and_nll(models["tied"]),
-        "enhance_untied": dpo_and_nll(models["untied"]),
+        "enhance": dpo_and_nll(models["tied"], records["pairs"], reference_logps),
+        "enhance_untied": dpo_and_nll(models["untied"], records["pairs"], reference_logps),
     }

@@ -9,11 +9,15 @@ DUST = 1e-4  # share of the global norm below which a tensor's own direction is 
 TRUTH = {  # which hand-written run each configuration must equal
     "elicit": "elicit", "elicit_mixed": "elicit_mixed", "enhance": "enhance", "enhance_micro_2": "enhance",
     "enhance_micro_4": "enhance", "enhance_every_part": "enhance", "enhance_recomputed": "enhance",
-    "enhance_untied": "enhance_untied", "enhance_z2": "enhance", "enhance_z2_untied": "enhance_untied",
-    "enhance_z3_offload": "enhance", "enhance_triton": "enhance", "enhance_triton_untied": "enhance_untied",
+    "enhance_offloaded": "enhance", "enhance_untied": "enhance_untied", "enhance_z1": "enhance",
+    "enhance_z2": "enhance", "enhance_z2_untied": "enhance_untied", "enhance_z3_offload": "enhance",
+    "enhance_triton": "enhance", "enhance_triton_untied": "enhance_untied", "enhance_apart": "enhance",
+    "enhance_packed": "enhance", "enhance_packed_apart": "enhance", "enhance_packed_triton": "enhance",
+    "elicit_packed": "elicit_mixed",
 }  # fmt: skip
 ONE_RANK = (
     "elicit", "elicit_mixed", "enhance", "enhance_micro_4", "enhance_every_part", "enhance_untied", "enhance_z2",
+    "enhance_packed", "elicit_packed",
 )  # fmt: skip
 TWO_RANKS = (
     *TRUTH, "enhance_clipped", "enhance_bf16", "enhance_triton_bf16", "elicit_local_totals", "enhance_local_totals",
@@ -92,10 +96,17 @@ def test_accumulation_changes_nothing(runs):
         assert results[case]["metrics"]["loss"] == pytest.approx(results["enhance"]["metrics"]["loss"], rel=1e-6)
 
 
+def test_packing_changes_nothing_but_the_number_of_forwards(runs):
+    results = runs[2][0]
+    counts = [len(results[case]["micro_batches_with_image"]) for case in ("enhance", "enhance_packed")]
+    assert counts[1] < counts[0] == 4
+    assert len(runs[1][0]["enhance_packed"]["micro_batches_with_image"]) > 1, "nothing was accumulated"
+
+
 def test_a_rank_without_images_beside_one_with_them(runs):
-    """What the cases above rest on: in the same forward rank 0 has an image and rank 1 has none."""
-    of_ranks = [results["enhance_every_part"]["micro_batches_with_image"] for results in runs[2]]
-    assert of_ranks == [[True, True, True, True], [False, False, False, True]]
+    """What the cases above rest on: in some forward one rank has an image and the other has none."""
+    first, second = (results["enhance_every_part"]["micro_batches_with_image"] for results in runs[2])
+    assert any(ours != theirs for ours, theirs in zip(first, second, strict=True))
 
 
 def test_the_vision_tower_has_gradients_where_it_trains_and_none_where_it_is_frozen(runs):
@@ -109,6 +120,16 @@ def test_the_vision_tower_has_gradients_where_it_trains_and_none_where_it_is_fro
 def test_activation_checkpointing_changes_nothing(runs):
     results = runs[2][0]
     assert distance(results["enhance_recomputed"]["gradients"], results["enhance_every_part"]["gradients"]) < TOLERANCE
+
+
+def test_activations_in_host_memory_change_no_bit(runs):
+    results = runs[2][0]
+    offloaded, recomputed = results["enhance_offloaded"], results["enhance_recomputed"]
+    assert offloaded["bytes_offloaded"] > 0 == recomputed["bytes_offloaded"]
+    assert offloaded["gradients"].keys() == recomputed["gradients"].keys()
+    assert all(
+        torch.equal(gradient, offloaded["gradients"][name]) for name, gradient in recomputed["gradients"].items()
+    )
 
 
 def test_clipping_scales_by_the_global_norm(runs):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-RUNS = {1: ("stage1", "stage2"), 2: ("stage1", "stage2", "stage2_cached", "stage2_reference")}
+RUNS = {1: ("stage1", "stage2"), 2: ("stage1", "stage2", "stage2_cached", "stage2_reference", "stage2_simpo")}
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def test_stage_two_starts_where_stage_one_ended(folders):
     for runs in folders.values():
         first = rows(runs["stage2"])[0]
         assert abs(first["rewards/margins"]) <= 1e-5
-        assert first["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
+        assert first["loss/sigmoid"] == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_the_cached_reference_serves_a_second_run(folders):
@@ -62,6 +62,17 @@ def test_the_cached_reference_serves_a_second_run(folders):
 
 def test_another_reference_gives_margins_at_once(folders):
     assert abs(rows(folders[2]["stage2_reference"])[0]["rewards/margins"]) > 1e-2
+
+
+def test_an_objective_without_reference_computes_none(folders):
+    """The run itself fails when it does, and when it takes the first margins, which are not zero, for a fault."""
+    folder = folders[2]["stage2_simpo"]
+    first = rows(folder)[0]
+    assert abs(first["rewards/margins"]) > 1e-3
+    assert first["rewards/chosen"] < 0
+    assert first["loss"] == pytest.approx(first["loss/simpo"] + 0.5 * first["loss/nll"])
+    assert "eval/loss/simpo" in first
+    assert not (folder.parent / "reference_cache").exists()
 
 
 def test_the_exported_model_of_two_ranks_reaches_the_held_out_loss(folders, plain, records):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 TWO_RANKS = (
     "frozen_elicit", "loss_nan_z3", "gradient_inf_z3", "gradient_nan_z3_bf16",
     "gradient_nan_z2", "gradient_nan_z2_bf16", "bf16", "resume", "export_tied_z3", "export_untied_z3",
-    "export_tied_z2", "reference_cache",
+    "export_tied_z2", "reference_cache", "unrehearsed", "rehearsed",
 )  # fmt: skip
 EXPORTS = [("tied", "z3"), ("untied", "z3"), ("tied", "z2")]
 
@@ -27,7 +27,7 @@ def two(launch, models, records, reference_logps, folders) -> list[dict]:
 @pytest.fixture(scope="session")
 def one(two, launch, models, records, reference_logps, folders) -> dict:
     job = {"models": models, "records": records, "reference": reference_logps, **folders}
-    return launch("training", 1, scenarios=["resume_elsewhere", "reference_cache"], **job)[0]
+    return launch("training", 1, scenarios=["resume_elsewhere", "reference_cache", "out_of_memory"], **job)[0]
 
 
 @pytest.fixture(scope="session")
@@ -152,3 +152,16 @@ def test_margins_are_zero_before_the_first_update_and_not_against_another_refere
     for result in (two[0]["reference_cache"], two[1]["reference_cache"], one["reference_cache"]):
         assert result["gap"] <= 1e-5
         assert result["gap_other"] > 1e-2
+
+
+def test_a_rehearsal_leaves_no_trace(two):
+    """Neither in the weights nor, to the last digit, in the first update."""
+    assert all(results["rehearsed"]["kept"] for results in two)
+    for name in ("loss", "grad_norm"):
+        assert two[0]["rehearsed"][name] == two[0]["unrehearsed"][name]
+
+
+def test_what_does_not_fit_into_memory_is_named_before_the_first_update(one):
+    message = one["out_of_memory"]
+    assert message.startswith("out of memory in the longest micro-batch, 1 x ")
+    assert "long.jsonl:2: lower micro_batch_size" in message

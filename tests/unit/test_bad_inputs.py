@@ -213,7 +213,7 @@ SETTINGS = table(
     ("unknown", ELICIT, {"learning_rat": 1}, ["learning_rat: unknown setting (from flag)", "mean learning_rate?"]),
     ("unlike any", ELICIT, {"zzz": 1}, ["zzz: unknown setting", "known: model, train"]),
     ("beta in Stage I", ELICIT, {"beta": 0.1}, ["beta: has a meaning only in Stage II", "(from flag)"]),
-    ("nll_weight in Stage I", ELICIT, {"nll_weight": 1}, ["nll_weight: has a meaning only in Stage II"]),
+    ("objective in Stage I", ELICIT, {"objective": {"nll": 1}}, ["objective: has a meaning only in Stage II"]),
     ("a word for a number", ELICIT, {"epochs": "three"}, ["epochs: 'three' (from flag) is not a number"]),
     ("true for a number", ELICIT, {"epochs": True}, ["epochs: True (from flag) is not a number"]),
     ("half a step", ELICIT, {"max_steps": 1.5}, ["max_steps: 1.5 (from flag) is not a whole number"]),
@@ -230,6 +230,25 @@ SETTINGS = table(
     ("learning rate nan", ELICIT, {"learning_rate": "nan"}, ["learning_rate: nan is not a finite number"]),
     ("negative epochs", ELICIT, {"epochs": -1}, ["epochs: -1.0 must be above 0"]),
     ("no beta", ENHANCE, {"beta": 0}, ["beta: 0.0 must be above 0"]),
+    ("a name for a mix", ENHANCE, {"objective": "nll"}, ["objective: 'nll' (from flag) is not a mapping from"]),
+    ("a word for a weight", ENHANCE, {"objective": {"nll": "much"}}, ["objective: {'nll': 'much'} (from flag) is not"]),
+    ("no losses", ENHANCE, {"objective": {}}, ["objective: {} is empty; name at least one loss"]),
+    ("unknown losses", ENHANCE, {"objective": {"dpo": 1, "nll": 1, "sft": 1}},
+     ["objective: 'dpo', 'sft' is not one of sigmoid, robust, sigmoid_norm", "orpo, image_conditional, anchor, nll"]),
+    ("a loss without weight", ENHANCE, {"objective": {"nll": 0}}, ["objective.nll: 0.0 must be above 0"]),
+    ("an endless weight", ENHANCE, {"objective": {"nll": "inf"}}, ["objective.nll: inf is not a finite number"]),
+    ("a margin without SimPO", ENHANCE, {"simpo_gamma": 1},
+     ["simpo_gamma: 1.0 has no meaning with objective sigmoid, nll; it belongs to simpo"]),
+    ("smoothing that IPO ignores", ENHANCE, {"objective": {"ipo": 1}, "label_smoothing": 0.1},
+     ["label_smoothing: 0.1 has no meaning with objective ipo; it belongs to sigmoid, robust"]),
+    ("beta that nothing reads", ENHANCE, {"objective": {"nll": 1}, "beta": 1},
+     ["beta: 1.0 has no meaning with objective nll"]),
+    ("a reference that nothing reads", ENHANCE, {"objective": {"simpo": 1}, "reference": "base"},
+     ["reference: 'base' has no meaning with objective simpo; it belongs to sigmoid, "]),
+    ("robust to nothing", ENHANCE, {"objective": {"robust": 1}}, ["label_smoothing: objective robust needs one above"]),
+    ("no corruption", ENHANCE, {"objective": {"image_conditional": 1}},
+     ["corruption: objective image_conditional needs one of crop, blank, noise, shuffle"]),
+    ("an unknown corruption", ENHANCE, {"corruption": "blur"}, ["corruption: 'blur' is not one of crop, blank, noise"]),
     ("all labels flipped", ENHANCE, {"label_smoothing": 0.5}, ["label_smoothing: 0.5 must be below 0.5"]),
     ("an empty micro-batch", ELICIT, {"micro_batch_size": 0}, ["micro_batch_size: 0 must be at least 1"]),
     ("too much warm-up", ELICIT, {"warmup_ratio": 1.5}, ["warmup_ratio: 1.5 must be at most 1"]),
@@ -317,6 +336,7 @@ def test_bad_command_line(arguments, pieces, monkeypatch):
 
 # DeepSpeed files.
 
+
 def zero(**more) -> dict:
     return {"zero_optimization": {"stage": 3} | more}
 
@@ -364,6 +384,7 @@ def test_bad_deepspeed_file(tmp_path, content, pieces):
 
 # Models. Each mistake is made to a copy of a good folder.
 
+
 def without(name):
     return lambda folder: (folder / name).unlink()
 
@@ -403,9 +424,11 @@ MODELS = table(
     ("no tokenizer", without("tokenizer.json"), ["the processor of", "does not load"]),
     ("no image processor", without("preprocessor_config.json"), ["the processor of", "does not load"]),
     ("a weight is missing", with_weight(lambda weight: None), ["lacks weights: ", "layers.0.mlp.up_proj.weight"]),
-    ("a weight of another shape", with_weight(lambda weight: weight[:-1].clone()), [
-        "other shapes than its config.json", "layers.0.mlp.up_proj.weight is (287, 96), not (288, 96)"
-    ]),
+    (
+        "a weight of another shape",
+        with_weight(lambda weight: weight[:-1].clone()),
+        ["other shapes than its config.json", "layers.0.mlp.up_proj.weight is (287, 96), not (288, 96)"],
+    ),
     ("weights cut short", with_text("model.safetensors", "abc"), ["does not load"]),
 )
 
@@ -431,18 +454,24 @@ def test_no_model_folder(tmp_path):
     assert_holds(message, "model: ", f"{tmp_path}/none", "is no folder and no hub name that can be reached")
 
 
-@pytest.mark.parametrize(
-    ("max_pixels", "pieces"), [(100, ["max_pixels: 100 is below the least", "1024"])], ids=["too_few_pixels"]
-)
-def test_bad_pixel_limit(model_folder, max_pixels, pieces):
-    assert_holds(refused(load_processor, model_folder, max_pixels), *pieces)
+@pytest.mark.parametrize("folder", ["model_folder", "internvl_folder"])
+def test_too_few_pixels(request, folder):
+    """1024 are Qwen's lower limit, or one of InternVL's tiles."""
+    message = refused(load_processor, request.getfixturevalue(folder), 100)
+    assert_holds(message, "max_pixels: 100 is below the least", "1024")
 
 
-def test_pixel_limit_where_there_is_none(internvl_folder):
-    assert_holds(refused(load_processor, internvl_folder, 4096), "max_pixels: ", "has no pixel limit")
+def test_pixel_limit_where_there_is_none(tmp_path, internvl_folder):
+    for path in internvl_folder.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    without_tiles = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(without_tiles), encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text("-", encoding="utf-8")
+    assert_holds(refused(load_processor, tmp_path, 4096), "max_pixels: ", "has no pixel limit")
 
 
 # Runs: everything that is checked before the weights are loaded, and where a run may continue.
+
 
 @pytest.fixture
 def prepared(tmp_path, model_folder, stage1_file, world):
@@ -500,7 +529,7 @@ def test_resume_of_another_run(prepared, tmp_path, model_folder, write_rows, whe
     changes = {name: str(others[name]) if value == "other" else value for name, value in changes.items()}
     checkpoint = tmp_path / "out" / "checkpoints" / "step-000002"
     checkpoint.mkdir(parents=True)
-    write_json(checkpoint / "complete.json", {"step": 2, "world_size": 1, "identity": run.identity})
+    write_json(checkpoint / "complete.json", {"step": 2, "world_size": 1, "identity": run.identity, "objective": {}})
     write_json(tmp_path / "out" / "identity.json", run.identity)
     assert find_checkpoint(prepared()).step == 2
     if where == "checkpoint":

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
-from mede2.trainer.settings import BatchArithmetic, Settings
+from mede2.trainer.engine import AsyncIOBuilder, fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.prepare import prepare
+from mede2.trainer.settings import BatchArithmetic, Settings, resolve
 
 ROOT = Path(__file__).parents[2]
 AUTO = {
@@ -44,10 +45,30 @@ def test_explicit_values_that_agree_stay():
     assert (filled["train_batch_size"], filled["zero_optimization"]["reduce_bucket_size"]) == (24, 7)
 
 
-@pytest.mark.parametrize("name", ["z2.json", "z3.json", "z3_offload.json"])
-def test_shipped_files_fill(name):
-    filled = fill(read_deepspeed_file(ROOT / "ds_configs" / name))
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").iterdir()), ids=lambda path: path.name)
+def test_shipped_files_fill(path):
+    nvme = {"nvme_path": "/nvme/run"} if "nvme" in path.name else {}
+    filled = fill(read_deepspeed_file(path), **nvme)
     assert '"auto"' not in json.dumps(filled)
+    assert json.dumps(filled).count("/nvme/run") == 2 * len(nvme)
+
+
+def test_the_folder_on_nvme_and_the_file_must_ask_for_each_other():
+    nvme = read_deepspeed_file(ROOT / "ds_configs" / "z3_nvme.json")
+    with pytest.raises(ValueError, match=r"nvme_path: not set, .*offload_optimizer\..*, .*offload_param\.nvme_path"):
+        fill(nvme)
+    with pytest.raises(ValueError, match="nvme_path: /nvme/run, but no offload to NVMe in the --ds file asks for it"):
+        fill(AUTO, nvme_path="/nvme/run")
+    for what in ("optimizer", "param"):
+        nvme["zero_optimization"][f"offload_{what}"]["nvme_path"] = "/explicit"
+    assert json.dumps(fill(nvme)).count("/explicit") == 2
+
+
+@pytest.mark.skipif(AsyncIOBuilder().is_compatible(verbose=False), reason="libaio is here")
+def test_offload_to_nvme_without_libaio_is_refused(tmp_path, world):
+    resolved = resolve(1, [("test", {"nvme_path": str(tmp_path), "output": str(tmp_path / "stage1")})])
+    with pytest.raises(ValueError, match=r"nvme_path: .*needs libaio with its headers"):
+        prepare(resolved, str(ROOT / "ds_configs" / "z3_nvme.json"), tmp_path / "stage1", world)
 
 
 def test_cpu_adam_is_let_through_where_the_file_offloads():

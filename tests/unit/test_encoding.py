@@ -12,9 +12,10 @@ from mede2.trainer.data.records import BadRow, Record
 SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
 FAMILIES = {  # how a conversation without a system message opens, what stands around an image's tokens, that token
     "qwen2_5_vl": (SYSTEM.format("You are a helpful assistant."), "<|vision_start|>{}<|vision_end|>", "<|image_pad|>"),
+    "qwen3_vl": ("", "<|vision_start|>{}<|vision_end|>", "<|image_pad|>"),
     "internvl3": ("", "<img>{}</img>\n", "<IMG_CONTEXT>"),
 }
-IMAGE_TOKENS = 4  # of 32 x 32 pixels, in both
+IMAGE_TOKENS = 4  # of 32 x 32 pixels, in all
 
 
 @pytest.fixture(params=FAMILIES)
@@ -99,7 +100,7 @@ def test_prompt_is_what_the_model_gets_at_inference(
         [message], tokenize=True, add_generation_prompt=True, return_dict=True
     )
     assert sequence.input_ids[~sequence.answer_mask].tolist() == inference["input_ids"][0]
-    if num_images and family == "qwen2_5_vl":
+    if num_images and family != "internvl3":
         assert sequence.mm_token_type_ids[~sequence.answer_mask].tolist() == inference["mm_token_type_ids"][0]
 
 

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from mede2.trainer import reference
+from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.collate import Collator
-from mede2.trainer.data.dataset import Batches
+from mede2.trainer.data.layout import Layout
+from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.settings import ENHANCE, BatchArithmetic
 
@@ -27,10 +29,11 @@ def engine(world, logps_of_row=lambda index, side: -(10.0 * index + side) - 1 / 
 
 
 @pytest.fixture
-def batches(load, stage2_file, processor, world):
+def batches(load, stage2_file, processor, model_folder, world):
     """Seven rows in batches of four: the last one has filler."""
     dataset = load(stage2_file, ENHANCE)
-    return Batches(dataset, Sampler(7, BatchArithmetic(4, 2, 1), seed=3), Collator(processor, True), world)
+    sampler = Sampler(tuple(map(Layout().length, dataset.examples)), BatchArithmetic(4, 2, 1), seed=3)
+    return Batches(dataset, sampler, Collator(processor, Positions(model_folder), True, Layout()), world)
 
 
 def compute(batches, folder, **options):

@@ -18,7 +18,8 @@ def write_checkpoint(tmp_path):
         folder.mkdir(parents=True)
         (folder / "weights.pt").write_bytes(b"...")
         if step is not None:
-            write_json(folder / MARKER, {"step": step, "world_size": 2, "identity": {"stage": 1}})
+            marker = {"step": step, "world_size": 2, "identity": {"stage": 1}, "objective": {"total": 1 / 3}}
+            write_json(folder / MARKER, marker)
         return folder
 
     return write
@@ -31,6 +32,7 @@ def test_the_newest_complete_checkpoint_counts(tmp_path, write_checkpoint):
     write_checkpoint(".step-000012.partial", 12)  # killed before it was renamed
     found = newest_checkpoint(tmp_path)
     assert (found.path, found.step, found.world_size, found.identity) == (newest, 10, 2, {"stage": 1})
+    assert found.objective == {"total": 1 / 3}
 
 
 def test_steps_are_compared_as_numbers(tmp_path, write_checkpoint):

@@ -8,8 +8,11 @@ from mede2.trainer.data.sampler import Sampler, Slot
 from mede2.trainer.settings import BatchArithmetic
 
 
-def sampler(num_examples=22, global_batch_size=8, micro_batch_size=1, world_size=1, seed=5) -> Sampler:
-    return Sampler(num_examples, BatchArithmetic(global_batch_size, micro_batch_size, world_size), seed)
+def sampler(
+    num_examples=22, global_batch_size=8, micro_batch_size=1, world_size=1, seed=5, pack_length=0
+) -> Sampler:  # fmt: skip
+    lengths = tuple(10 + 7 * index % 40 for index in range(num_examples))
+    return Sampler(lengths, BatchArithmetic(global_batch_size, micro_batch_size, world_size), seed, pack_length)
 
 
 def gathered(of: Sampler, step: int) -> list[Slot]:
@@ -17,28 +20,63 @@ def gathered(of: Sampler, step: int) -> list[Slot]:
     return [slot for rank in range(of.batch.world_size) for micro in of.micro_batches(step, rank) for slot in micro]
 
 
+LAYOUTS = [
+    (1, 1, 0),
+    (1, 2, 0),
+    (2, 1, 0),
+    (2, 2, 0),
+    (4, 2, 0),
+    (8, 1, 0),
+    (1, 8, 0),
+    (1, 1, 100),
+    (1, 2, 100),
+    (1, 2, 49),
+]
+
+
 @pytest.mark.parametrize(("num_examples", "steps"), [(22, 3), (24, 3), (25, 4), (1, 1), (8, 1)])
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_every_example_counts_once_an_epoch_and_filler_weighs_nothing(num_examples, steps, epoch):
-    of = sampler(num_examples)
+@pytest.mark.parametrize(("micro_batch_size", "world_size", "pack_length"), LAYOUTS)
+def test_every_example_counts_once_an_epoch_and_filler_weighs_nothing(
+    num_examples, steps, micro_batch_size, world_size, pack_length
+):
+    of = sampler(num_examples, 8, micro_batch_size, world_size, pack_length=pack_length)
     assert of.steps_per_epoch == steps
-    batches = [gathered(of, epoch * steps + step) for step in range(steps)]
-    assert all(len(batch) == 8 for batch in batches), "a short batch would change the number of micro-batches of a rank"
-    counts = Counter()
-    for slot in (slot for batch in batches for slot in batch):
-        assert slot.weight in (0, 1)
-        counts[slot.index] += slot.weight
-    assert counts == dict.fromkeys(range(num_examples), 1)
+    for epoch in (0, 3):
+        counts = Counter()
+        for slot in (slot for step in range(steps) for slot in gathered(of, epoch * steps + step)):
+            assert slot.weight in (0, 1)
+            counts[slot.index] += slot.weight
+        assert counts == dict.fromkeys(range(num_examples), 1)
 
 
-@pytest.mark.parametrize(("micro_batch_size", "world_size"), [(1, 2), (2, 1), (2, 2), (4, 2), (8, 1), (1, 8)])
-def test_the_global_batch_does_not_depend_on_ranks_or_accumulation(micro_batch_size, world_size):
-    split, whole = sampler(micro_batch_size=micro_batch_size, world_size=world_size), sampler()
-    for step in range(2 * whole.steps_per_epoch):
-        assert Counter(gathered(split, step)) == Counter(whole.global_batch(step))
-        for rank in range(world_size):
-            micro_batches = split.micro_batches(step, rank)
-            assert [len(micro) for micro in micro_batches] == [micro_batch_size] * split.batch.grad_accum_steps
+@pytest.mark.parametrize(("micro_batch_size", "world_size", "pack_length"), LAYOUTS)
+def test_the_global_batch_does_not_depend_on_ranks_accumulation_or_packing(micro_batch_size, world_size, pack_length):
+    split = sampler(micro_batch_size=micro_batch_size, world_size=world_size, pack_length=pack_length)
+    for step in range(2 * split.steps_per_epoch):
+        counted = Counter(slot.index for slot in gathered(split, step) if slot.weight)
+        assert counted == Counter(sampler().global_batch(step))
+        sizes = {len(split.micro_batches(step, rank)) for rank in range(world_size)}
+        assert len(sizes) == 1, "a rank with fewer micro-batches would leave the others waiting"
+
+
+@pytest.mark.parametrize(("micro_batch_size", "world_size"), [(2, 1), (2, 2), (1, 2)])
+def test_micro_batches_hold_examples_of_like_lengths_longest_first(micro_batch_size, world_size):
+    of = sampler(micro_batch_size=micro_batch_size, world_size=world_size)
+    for step in range(of.steps_per_epoch):
+        of_ranks = [of.micro_batches(step, rank) for rank in range(world_size)]
+        in_time = [micro[number] for number in range(len(of_ranks[0])) for micro in of_ranks]
+        lengths = [of.lengths[slot.index] for micro in in_time for slot in micro if slot.weight]
+        assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("pack_length", [49, 60, 100, 1000])
+def test_packed_rows_keep_the_budget_and_no_two_of_them_would_fit_in_one(pack_length):
+    of = sampler(pack_length=pack_length)
+    for step in range(of.steps_per_epoch):
+        loads = [sum(of.lengths[slot.index] for slot in row) for row in of.micro_batches(step, 0)]
+        assert loads == sorted(loads, reverse=True)
+        assert loads[0] <= pack_length
+        assert all(a + b > pack_length for a, b in zip(loads[-1:], loads[-2:-1], strict=False))
 
 
 def test_order_is_pure_and_differs_between_epochs_and_seeds():
@@ -57,4 +95,4 @@ def test_a_step_does_not_depend_on_the_steps_before_it():
 
 def test_held_out_order_is_that_of_the_file():
     of = sampler(num_examples=10, seed=None)
-    assert [slot.index for step in range(2) for slot in of.global_batch(step) if slot.weight] == list(range(10))
+    assert [index for step in range(2) for index in of.global_batch(step)] == list(range(10))

@@ -38,7 +38,10 @@ def test_layers_and_origins():
 def test_described_rows_leave_out_the_other_stage():
     names = {stage: {name for name, *_ in resolve(stage, []).described()} for stage in (ELICIT, ENHANCE)}
     assert names[ENHANCE] == set(FIELDS)
-    assert names[ENHANCE] - names[ELICIT] == {"beta", "nll_weight", "label_smoothing", "reference", "reference_cache"}
+    assert names[ENHANCE] - names[ELICIT] == {
+        "beta", "objective", "label_smoothing", "simpo_gamma", "corruption", "reference", "reference_cache",
+        "shared_prefix",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,22 @@ def test_values_take_the_type_of_their_field(name, given, expected):
     assert type(value) is type(expected)
 
 
+def test_a_mapping_of_weights():
+    """From --set to the setting: the numbers become floats, and the mapping stands as a whole, not merged."""
+    given = parse_assignments(["objective={sigmoid: 0.8, bco_pair: 2e-1}"])
+    layers = [("recipe", {"objective": {"nll": 2}}), ("--set", given)]
+    assert resolve(ENHANCE, layers).settings.objective == {"sigmoid": 0.8, "bco_pair": 0.2}
+    weight = resolve(ENHANCE, layers[:1]).settings.objective["nll"]
+    assert (weight, type(weight)) == (2, float)
+    assert resolve(ENHANCE, []).settings.objective == {"sigmoid": 1, "nll": 1}
+
+
+def test_a_setting_at_its_default_suits_any_objective():
+    """What a run leaves behind names every setting, and is itself a recipe."""
+    given = {"objective": {"nll": 1}, "beta": 0.1, "label_smoothing": 0, "simpo_gamma": 0.5, "reference": None}
+    assert resolve(ENHANCE, [("recipe", given)]).settings == Settings(objective={"nll": 1})
+
+
 def test_assignments_are_yaml():
     given = parse_assignments(["beta=0.1", "grey_window=[0, 4095]", "train_merger=true", "reference=a=b", "eval=null"])
     assert given == {"beta": 0.1, "grey_window": [0, 4095], "train_merger": True, "reference": "a=b", "eval": None}
@@ -75,7 +94,10 @@ def test_settings_of_a_run_read_back_as_a_recipe(stage, tmp_path):
         "activation_checkpointing": True, "on_bad_row": "skip", "seed": 2**40,
     }  # fmt: skip
     if stage == ENHANCE:
-        given |= {"beta": 0.25, "nll_weight": 0, "reference": "yes"}
+        given |= {
+            "beta": 0.25, "reference": "yes", "objective": {"robust": 0.75, "nll": 1}, "label_smoothing": 0.125,
+            "corruption": "blank",
+        }  # fmt: skip
     resolved = resolve(stage, [("recipe of # mine: x", given)])
     path = tmp_path / "settings.yaml"
     path.write_text(settings_yaml(resolved), encoding="utf-8")

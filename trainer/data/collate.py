@@ -1,36 +1,47 @@
-"""Examples to the tensors of one micro-batch: right-padded rows, answer positions, one vision call on every rank."""
+"""Examples to the tensors of one micro-batch: rows, positions, answer tokens, one vision call on every rank."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mede2.trainer.data.encoding import Example, Sequence
+from mede2.trainer.data.corruption import corrupt
+from mede2.trainer.data.encoding import Example
 from mede2.trainer.data.images import Window, load_image
+from mede2.trainer.data.layout import CORRUPTED, Layout, Piece
+from mede2.trainer.data.positions import Positions, continued
 from mede2.trainer.data.sampler import Slot
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward on one rank. S sequences (Stage II: the chosen ones, then the rejected ones), N answer tokens.
+    """One forward on one rank: B examples in R rows of T tokens, N answer tokens, S = sides x B sequences.
 
     Attributes:
-        inputs: of the model: input_ids, attention_mask, mm_token_type_ids (S, T) int64, and the images' tensors.
-        rows: (N,) int64, positions in the flattened (S * T) hidden states that predict an answer token.
+        inputs: of the model: input_ids (R, T) int64, position_ids (4, R, T) or (R, T) int64, and the images' tensors.
+        branches: (2, R, T) int64, piece and branch of each token (`attention.branch_mask`), or None where no answers
+            share a prompt: then the model's own causal mask serves, which tells packed examples apart by positions
+            that begin anew.
+        rows: (N,) int64, positions in the flattened (R * T) hidden states that predict an answer token.
         targets: (N,) int64, those tokens.
-        sequence: (N,) int64, the sequence that each belongs to.
+        sequence: (N,) int64, the sequence that each belongs to: side * B + example, sides as in `layout`.
         weights: (S,) fp32, 0 for filler.
+        has_image: (B,) fp32, 1 for an example with an image.
         indices: of the examples in the data set.
         sources: file and line of the examples.
     """
 
     inputs: dict[str, Tensor]
+    branches: Tensor | None
     rows: Tensor
     targets: Tensor
     sequence: Tensor
     weights: Tensor
+    has_image: Tensor
     indices: tuple[int, ...]
     sources: tuple[str, ...]
 
@@ -40,10 +51,16 @@ class MicroBatch:
             name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
             for name, tensor in self.inputs.items()
         }
-        moved = (
-            tensor.to(device, non_blocking=True) for tensor in (self.rows, self.targets, self.sequence, self.weights)
-        )
-        return MicroBatch(inputs, *moved, self.indices, self.sources)
+        return replace(self._map(lambda tensor: tensor.to(device, non_blocking=True)), inputs=inputs)
+
+    def pin_memory(self) -> "MicroBatch":
+        """In page-locked memory, which a GPU copies from without the processor; torch's DataLoader calls it."""
+        inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        return replace(self._map(Tensor.pin_memory), inputs=inputs)
+
+    def _map(self, function) -> "MicroBatch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})
 
 
 class Collator:
@@ -51,79 +68,121 @@ class Collator:
 
     Args:
         processor: of the model.
+        positions: of the model.
         with_images: whether the vision tower runs: in every micro-batch on every rank, or (no example of any rank
-            has an image) in none. Micro-batches without an image get a masked one, so that under ZeRO-3 all ranks
-            call the same modules in the same order.
+            has an image) in none. Micro-batches without an image get one that nothing sees, so that under ZeRO-3 all
+            ranks call the same modules in the same order.
+        layout: how examples are cut into pieces.
+        packed: all pieces of a micro-batch lie in one row; otherwise each has a row of its own, padded at the right.
+        corruption: kind of `corruption.corrupt` that `layout.corrupted` calls for, and its seed.
         grey_window: see `images.load_image`.
     """
 
-    def __init__(self, processor, with_images: bool, grey_window: Window = None):
-        self.processor, self.with_images, self.grey_window = processor, with_images, grey_window
+    def __init__(
+        self, processor, positions: Positions, with_images: bool, layout: Layout, *, packed: bool = False,
+        corruption: tuple[str, int] | None = None, grey_window: Window = None,
+    ):  # fmt: skip
+        self.processor, self.positions, self.with_images, self.layout = processor, positions, with_images, layout
+        self.packed, self.corruption, self.grey_window = packed, corruption, grey_window
         self.pad_token_id = processor.tokenizer.pad_token_id or 0
-        self.with_types = "mm_token_type_ids" in processor.model_input_names
         if with_images:
-            self.filler_ids, self.filler_types, self.filler_pixels = self._filler()
+            self.filler, self.filler_pixels = self._filler()
 
-    def __call__(self, examples: list[Example], slots: list[Slot]) -> MicroBatch:
+    def __call__(self, examples: Sequence[Example], slots: list[Slot]) -> MicroBatch:
         """The micro-batch of `slots`, whose indices point into `examples`."""
         chosen = [examples[slot.index] for slot in slots]
-        width = len(chosen[0].sequences)
-        sequences = [example.sequences[side] for side in range(width) for example in chosen]
-        images = [path for _ in range(width) for example in chosen for path in example.images]
+        placed = [(number, piece) for number, example in enumerate(chosen) for piece in self.layout.pieces(example)]
+        rows = [placed] if self.packed else [[piece] for piece in placed]
+        images = [image for slot in slots for image in self._images(examples, slot.index)]
+        pixels = self._process(images)[1] if images else self.filler_pixels if self.with_images else {}
+        grids = iter(pixels.get("image_grid_thw", ()))
+        parts = [[self._tokens(piece, number, grids) for number, (_, piece) in enumerate(row, 1)] for row in rows]
+        if self.with_images and not images:
+            parts[0].append(self.filler)
 
-        trailing = len(self.filler_ids) if self.with_images and not images else 0
-        length = max(map(len, sequences)) + trailing
-        input_ids = np.full((len(sequences), length), self.pad_token_id)
-        attention_mask = np.zeros((len(sequences), length), dtype=np.int64)
-        types = np.zeros((len(sequences), length), dtype=np.int64)
-        for row, sequence in enumerate(sequences):
-            input_ids[row, : len(sequence)] = sequence.input_ids
-            attention_mask[row, : len(sequence)] = 1
-            types[row, : len(sequence)] = sequence.mm_token_type_ids
-        if trailing:
-            input_ids[0, -trailing:], types[0, -trailing:] = self.filler_ids, self.filler_types
-
-        inputs = {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask),
-        }
-        if self.with_types:
-            inputs["mm_token_type_ids"] = torch.from_numpy(types)
-        if self.with_images:
-            inputs |= self._pixels(images) if images else self.filler_pixels
-        rows, targets, owner = _answer_rows(sequences, length)
-        weights = torch.tensor([float(slot.weight) for slot in slots] * width)
+        tokens = self._padded([np.concatenate(row, 1) for row in parts])
+        positions = tokens[3:]
+        shares_prompts = any(len(piece.sequences) > 1 for _, piece in placed)
+        answers = _answers(rows, len(slots), tokens.shape[2])
         return MicroBatch(
-            inputs, rows, targets, owner, weights, tuple(slot.index for slot in slots), tuple(e.source for e in chosen)
+            inputs={"input_ids": tokens[0], "position_ids": positions if len(positions) > 1 else positions[0]} | pixels,
+            branches=tokens[1:3] if shares_prompts else None,
+            rows=torch.from_numpy(np.concatenate([rows for _, rows, _ in answers])),
+            targets=torch.from_numpy(np.concatenate([targets for *_, targets in answers])),
+            sequence=torch.from_numpy(np.repeat(*zip(*((number, len(t)) for number, _, t in answers), strict=True))),
+            weights=torch.tensor([float(slot.weight) for slot in slots] * self.layout.num_sides(chosen[0])),
+            has_image=torch.tensor([float(bool(example.images)) for example in chosen]),
+            indices=tuple(slot.index for slot in slots),
+            sources=tuple(example.source for example in chosen),
         )
 
-    def _pixels(self, paths: list[str]) -> dict[str, Tensor]:
-        """The images' tensors as the model's forward takes them (Qwen: pixel_values, image_grid_thw)."""
-        decoded = {path: load_image(Path(path), self.grey_window) for path in dict.fromkeys(paths)}
-        return self._process([decoded[path] for path in paths])[1]
+    def _images(self, examples: Sequence[Example], index: int) -> list[Image.Image]:
+        """The images of an example's pieces, in the order of their placeholders; each file is decoded once."""
+        example = examples[index]
+        right = [load_image(Path(path), self.grey_window) for path in example.images]
+        found = []
+        for piece in self.layout.pieces(example):
+            found += self._corrupted(examples, index, right) if CORRUPTED in piece.sides else right
+        return found
 
-    def _process(self, images: list) -> tuple[dict, dict[str, Tensor]]:
+    def _corrupted(self, examples: Sequence[Example], index: int, right: list[Image.Image]) -> list[Image.Image]:
+        """The images of an example, each spoilt by a pure function of the record and the seed."""
+        kind, seed = self.corruption
+        key = f"{examples[index].digest}-{seed}"
+        other = None
+        if kind == "shuffle":
+            start = index + 1 + int(examples[index].digest[:8], 16)
+            others = (examples[(start + step) % len(examples)] for step in range(len(examples)))
+            foreign = (e.images[0] for e in others if e.images and e.digest != examples[index].digest)
+            if path := next(foreign, None):
+                other = load_image(Path(path), self.grey_window)
+        return [corrupt(image, kind, f"{key}-{number}", other) for number, image in enumerate(right)]
+
+    def _tokens(self, piece: Piece, number: int, grids: Iterator[Tensor]) -> np.ndarray:
+        """(3 + k, T) int64: a piece's tokens, its number in the row, branches and positions. Takes the grids of its
+        images from `grids`."""
+        first = piece.sequences[0]
+        ids, types = (torch.from_numpy(v[: piece.prefix]) for v in (first.input_ids, first.mm_token_type_ids))
+        own = [grid for _, grid in zip(piece.images, grids, strict=False)]
+        prefix = self.positions(ids, types, torch.stack(own) if own else None)
+        behind = [continued(prefix, len(sequence) - piece.prefix) for sequence in piece.sequences]
+        positions = torch.cat([prefix, *behind], 1).numpy()
+        return np.stack([piece.input_ids(), np.full(len(piece), number), piece.branches(), *positions])
+
+    def _padded(self, rows: list[np.ndarray]) -> Tensor:
+        """(3 + k, R, T) int64 from rows of (3 + k, T), filled at the right; piece 0 is padding."""
+        padded = np.zeros((len(rows[0]), len(rows), max(row.shape[1] for row in rows)), dtype=np.int64)
+        padded[0] = self.pad_token_id
+        for number, row in enumerate(rows):
+            padded[:, number, : row.shape[1]] = row
+        return torch.from_numpy(padded)
+
+    def _process(self, images: list[Image.Image]) -> tuple[dict, dict[str, Tensor]]:
+        """The processor's output, and those of its tensors that the model's forward takes for images."""
         output = self.processor(text=[self.processor.image_token * len(images)], images=images, return_tensors="pt")
         text_keys = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
         return output, {name: tensor for name, tensor in output.items() if name not in text_keys}
 
-    def _filler(self) -> tuple[np.ndarray, np.ndarray, dict[str, Tensor]]:
-        """Tokens and zero pixels of the smallest image, for micro-batches that have none."""
-        from PIL import Image
-
+    def _filler(self) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """Tokens and zero pixels of the smallest image, for micro-batches that have none: a piece of its own, with a
+        number that no other piece has."""
         output, pixels = self._process([Image.new("RGB", (28, 28))])
-        ids = output["input_ids"][0].numpy()
-        types = output["mm_token_type_ids"][0].numpy() if "mm_token_type_ids" in output else np.zeros_like(ids)
+        ids = output["input_ids"][0]
+        types = output["mm_token_type_ids"][0] if "mm_token_type_ids" in output else torch.zeros_like(ids)
+        positions = self.positions(ids, types, pixels.get("image_grid_thw"))
         zeros = {name: torch.zeros_like(t) if t.is_floating_point() else t for name, t in pixels.items()}
-        return ids, types, zeros
+        return np.stack(
+            [ids.numpy(), np.full(len(ids), -1), np.zeros(len(ids), dtype=np.int64), *positions.numpy()]
+        ), zeros
 
 
-def _answer_rows(sequences: list[Sequence], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Flattened positions that predict the answer tokens, the tokens, and the sequence of each; all (N,) int64."""
-    rows, targets, owner = [], [], []
-    for number, sequence in enumerate(sequences):
-        positions = np.flatnonzero(sequence.answer_mask)
-        rows.append(number * length + positions - 1)  # the hidden state before a token predicts it
-        targets.append(sequence.input_ids[positions])
-        owner.append(np.full(len(positions), number))
-    return tuple(torch.from_numpy(np.concatenate(parts)) for parts in (rows, targets, owner))
+def _answers(rows: list[list[tuple[int, Piece]]], num_examples: int, length: int) -> list:
+    """(sequence, flattened positions (n,), target tokens (n,)) of each answer, by the number of its sequence."""
+    found = []
+    for row, placed in enumerate(rows):
+        start = row * length
+        for number, piece in placed:
+            for side, (before, targets) in zip(piece.sides, piece.answers(), strict=True):
+                found.append((side * num_examples + number, start + before, targets))
+            start += len(piece)
+    return sorted(found, key=lambda answer: answer[0])

@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mede2.trainer.data.collate import Collator, MicroBatch
 from mede2.trainer.data.encoding import Encoder, Example
 from mede2.trainer.data.records import BadRow, read_records
-from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.world import World
 
 LISTED = 20  # bad rows shown in an error
@@ -87,48 +84,3 @@ def write_bad_rows(dataset: DataSet, output: Path) -> Path:
     path = output / "bad_rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset.bad_rows), encoding="utf-8")
     return path
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Counts of a global batch, over all ranks and micro-batches: the denominators of its averages.
-
-    Attributes:
-        num_examples: rows that count (Stage II: pairs).
-        num_answer_tokens: learnt tokens of the first sequence of each row (Stage II: the chosen answers).
-        num_tokens: all tokens of all sequences, for throughput.
-    """
-
-    num_examples: int
-    num_answer_tokens: int
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Batches:
-    """What each update trains on: the data set in the sampler's order, as one rank's micro-batches."""
-
-    dataset: DataSet
-    sampler: Sampler
-    collator: Collator
-    world: World
-
-    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        for slots in self.sampler.micro_batches(step, self.world.rank):
-            yield self.collator(self.dataset.examples, slots)
-
-    def totals(self, step: int) -> Totals:
-        """Counted on every rank alike, from the whole global batch, so that no rank needs to ask another."""
-        return _count([self.dataset.examples[slot.index] for slot in self.sampler.global_batch(step) if slot.weight])
-
-    def whole(self) -> Totals:
-        """Counts of the whole data set."""
-        return _count(self.dataset.examples)
-
-
-def _count(examples: list[Example]) -> Totals:
-    return Totals(
-        num_examples=len(examples),
-        num_answer_tokens=sum(example.sequences[0].num_answer_tokens for example in examples),
-        num_tokens=sum(len(sequence) for example in examples for sequence in example.sequences),
-    )

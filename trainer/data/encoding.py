@@ -47,6 +47,11 @@ class Example:
     images: tuple[str, ...]
     digest: str
 
+    @property
+    def prefix(self) -> int:
+        """Tokens before the first learnt one: what the answers of a pair share."""
+        return int(self.sequences[0].answer_mask.argmax())
+
 
 class Encoder:
     """Encodes records with one model's processor.

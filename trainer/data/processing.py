@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 
@@ -24,23 +26,66 @@ def _image_only(base: type) -> type:
     return ImageOnly
 
 
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")  # causal throughout: packed rows and prefixes are exact
+WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+
+
 def locate_model(model: str) -> Path:
     """The folder of a model: itself, or where the hub's files lie after a download (or in the cache, offline).
 
     Raises:
-        ValueError: neither a model folder nor a hub name that can be reached.
+        ValueError: neither a model folder nor a hub name that can be reached, or a model that cannot be trained; the
+            config.json alone tells, before any weights are fetched.
     """
     folder = Path(model)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model: {model!r} is no folder and no hub name that can be reached: {error}") from error
+    is_on_disk = folder.is_dir()
+    if not is_on_disk:
+        folder = _download(model, ["config.json"])
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: {model} holds no config.json, so it is no model folder")
+    _check_config(model, folder / "config.json")
+    if not is_on_disk:
+        folder = _download(model, WANTED_FILES)
     if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"model: {model} holds no safetensors weights")
+        raise ValueError(f"model: {model} holds no safetensors weights (GGUF and .bin files are not read)")
     return folder
+
+
+def _download(model: str, patterns: Sequence[str]) -> Path:
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {model!r} is no folder and no hub name that can be reached: {error}") from error
+
+
+def _check_config(model: str, path: Path) -> None:
+    """Refuse what transformers has no classes of its own for, what reads no images, and what is quantized."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: the config.json of {model} does not load: {error}") from error
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if family == "internvl_chat":
+        twin = "OpenGVLab/InternVL3-8B-hf" if Path(model).is_dir() else f"{model}-hf"
+        raise ValueError(
+            f"model: {model} is InternVL in its original form (internvl_chat), which runs only by code of its own; "
+            f"name the model in transformers' own form, whose name ends in -hf, such as {twin}"
+        )
+    if family not in CONFIG_MAPPING_NAMES:
+        raise ValueError(
+            f"model: the config.json of {model} names the family {family}, for which transformers "
+            f"{transformers.__version__} has no classes (code that comes with a model is not run)"
+        )
+    if family not in PROCESSOR_MAPPING_NAMES:
+        raise ValueError(f"model: {model} is a {family}, which has no processor for images and text")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"model: {model} is a {family}, whose attention and positions are not known here; known: "
+            f"{', '.join(FAMILIES)}"
+        )
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method")
+        raise ValueError(f"model: {model} is quantized ({method}); name the model with 16-bit weights that it is from")
 
 
 def load_processor(model: Path, max_pixels: int | None = None):
@@ -48,18 +93,18 @@ def load_processor(model: Path, max_pixels: int | None = None):
 
     Args:
         model: the folder.
-        max_pixels: largest image in pixels (larger ones are scaled down); None keeps the model's own limit.
+        max_pixels: largest image in pixels; larger ones are scaled down, or cut into fewer tiles. None keeps the
+            model's own limit.
 
     Raises:
         ValueError: a model with no processor for images and text, or `max_pixels` where the image processor has no
             such limit or a higher lower one.
     """
+    _check_config(str(model), model / "config.json")
     try:
         model_type = AutoConfig.from_pretrained(model).model_type
     except (OSError, ValueError) as error:
         raise ValueError(f"model: the config.json of {model} does not load: {error}") from error
-    if model_type not in PROCESSOR_MAPPING_NAMES:
-        raise ValueError(f"model: {model} is a {model_type}, which has no processor for images and text")
     base = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
     try:
         processor = _image_only(base).from_pretrained(model)
@@ -70,17 +115,26 @@ def load_processor(model: Path, max_pixels: int | None = None):
     if processor.tokenizer.eos_token is None:
         raise ValueError(f"model: the tokenizer of {model} names no end-of-sequence token")
     if max_pixels is not None:
-        size = processor.image_processor.size
-        if size.get("longest_edge") is None or size.get("shortest_edge") is None:
-            raise ValueError(
-                f"max_pixels: the image processor of {model} has no pixel limit (its size is {dict(size)})"
-            )
-        if max_pixels < size["shortest_edge"]:
-            raise ValueError(f"max_pixels: {max_pixels} is below the least that {model} takes, {size['shortest_edge']}")
-        processor = _image_only(base).from_pretrained(
-            model, size={"shortest_edge": size["shortest_edge"], "longest_edge": max_pixels}
-        )
+        limit = _pixel_limit(model, processor.image_processor, max_pixels)
+        processor = _image_only(base).from_pretrained(model, **limit)
     return processor
+
+
+def _pixel_limit(model: Path, image_processor, max_pixels: int) -> dict:
+    """What limits images to `max_pixels` in the configuration of an image processor."""
+    size, most_tiles = image_processor.size, getattr(image_processor, "max_patches", None)
+    if size.get("longest_edge") and size.get("shortest_edge"):  # Qwen's, of the whole image
+        least = size["shortest_edge"]
+        limit = {"size": {"shortest_edge": least, "longest_edge": max_pixels}}
+        limit["max_pixels"] = max_pixels  # its older name, which wins where a published file still has it
+    elif most_tiles and size.get("height") and size.get("width"):  # InternVL's, of its tiles but for the thumbnail
+        least = size["height"] * size["width"]
+        limit = {"max_patches": max_pixels // least}
+    else:
+        raise ValueError(f"max_pixels: the image processor of {model} has no pixel limit (its size is {dict(size)})")
+    if max_pixels < least:
+        raise ValueError(f"max_pixels: {max_pixels} is below the least that {model} takes, {least}")
+    return limit
 
 
 def describe_processor(processor) -> dict:
@@ -104,12 +158,13 @@ def save_processor(source: Path, folder: Path, max_pixels: int | None) -> None:
     for name in PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if max_pixels is None:
+        return
+    limit = _pixel_limit(source, load_processor(source).image_processor, max_pixels)
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if max_pixels is not None and (folder / name).is_file():
+        if (folder / name).is_file():
             config = json.loads((folder / name).read_text(encoding="utf-8"))
             image_config = config.get("image_processor", config)
-            if "max_pixels" in image_config:
-                image_config["max_pixels"] = max_pixels
-            if "longest_edge" in image_config.get("size", {}):
-                image_config["size"]["longest_edge"] = max_pixels
-            (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if "image_processor_type" in image_config:
+                image_config.update(limit)
+                (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

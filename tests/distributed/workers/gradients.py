@@ -3,13 +3,14 @@
 import torch
 from harness import applied_gradients, main, make_batches, make_engine, make_settings, no_hook
 
-from mede2.trainer.data.dataset import Batches, Totals
+from mede2.trainer.data.batches import Batches, Totals
 from mede2.trainer.loop import train
 from mede2.trainer.objectives import Enhance, elicit
 from mede2.trainer.settings import ELICIT
 from mede2.trainer.world import World
 
 EVERY_PART = {"train_language_model": True, "train_vision_tower": True, "train_merger": True}
+SMALL = EVERY_PART | {"global_batch_size": 4}
 RECOMPUTED = EVERY_PART | {"activation_checkpointing": True, "micro_batch_size": 2}
 # name: model, records, stage, ZeRO file, settings beyond the usual
 CASES = {
@@ -20,7 +21,9 @@ CASES = {
     "enhance_micro_4": ("tied", "pairs", 2, "z3", {"micro_batch_size": 4}),
     "enhance_every_part": ("tied", "pairs", 2, "z3", EVERY_PART),
     "enhance_recomputed": ("tied", "pairs", 2, "z3", RECOMPUTED),
+    "enhance_offloaded": ("tied", "pairs", 2, "z3", RECOMPUTED | {"activation_offload": True}),
     "enhance_untied": ("untied", "pairs", 2, "z3", {"micro_batch_size": 4}),
+    "enhance_z1": ("tied", "pairs", 2, "z1", {"micro_batch_size": 4}),
     "enhance_z2": ("tied", "pairs", 2, "z2", {}),
     "enhance_z2_untied": ("untied", "pairs", 2, "z2", {"micro_batch_size": 4}),
     "enhance_z3_offload": ("tied", "pairs", 2, "z3_offload", {"micro_batch_size": 2}),
@@ -28,7 +31,13 @@ CASES = {
     "enhance_triton": ("tied", "pairs", 2, "z3", {"logps": "triton", "micro_batch_size": 4}),
     "enhance_triton_untied": ("untied", "pairs", 2, "z3", {"logps": "triton", "micro_batch_size": 4}),
     "enhance_triton_bf16": ("tied", "pairs", 2, "z3", {"logps": "triton", "dtype": "bf16", "micro_batch_size": 4}),
+    "enhance_apart": ("tied", "pairs", 2, "z3", {"shared_prefix": False, "micro_batch_size": 2}),
+    "enhance_packed": ("tied", "pairs", 2, "z3", EVERY_PART | {"pack_length": 200}),
+    "enhance_packed_apart": ("tied", "pairs", 2, "z3", {"pack_length": 400, "shared_prefix": False}),
+    "enhance_packed_triton": ("tied", "pairs", 2, "z3", {"pack_length": 1000, "logps": "triton"}),
+    "elicit_packed": ("tied", "mixed", 1, "z3", {"pack_length": 130, "num_workers": 2}),
     "enhance_bf16": ("tied", "pairs", 2, "z3", {"dtype": "bf16", "micro_batch_size": 4}),
+    **{family: (family, "pairs", 2, "z3", SMALL) for family in ("qwen2_5_vl", "qwen3_vl", "internvl3")},
 }
 
 
@@ -40,6 +49,7 @@ class LocalTotals(Batches):
         examples = [self.dataset.examples[slot.index] for slot in slots]
         return Totals(
             num_examples=len(examples),
+            num_with_image=sum(bool(example.images) for example in examples),
             num_answer_tokens=sum(example.sequences[0].num_answer_tokens for example in examples),
             num_tokens=super().totals(step).num_tokens,
         )
@@ -53,7 +63,7 @@ def one_update(world: World, job: dict, case: str, batches_type: type[Batches] =
     objective = elicit
     if stage != ELICIT:
         reference = torch.tensor(job["reference"], dtype=torch.float64)
-        objective = Enhance(reference, settings.beta, settings.label_smoothing, nll_weight=1.0)
+        objective = Enhance(settings, reference)
     engine = make_engine(world, job["models"][model], settings, zero)
     result = {}
 
@@ -64,6 +74,8 @@ def one_update(world: World, job: dict, case: str, batches_type: type[Batches] =
         engine, objective, batches, settings, first_step=0, num_steps=1, before_update=no_hook, after_update=keep
     )  # fmt: skip
     pixels = [part.inputs.get("pixel_values", torch.zeros(1)) for part in batches.micro_batches(0)]
+    offload = getattr(engine.policy, "offload", None)
+    result["bytes_offloaded"] = offload.bytes_moved if offload else 0
     engine.close()
     return result | {"micro_batches_with_image": [bool(values.any()) for values in pixels]}
 

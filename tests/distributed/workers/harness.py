@@ -15,9 +15,12 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from transformers import AutoConfig
 
 from mede2.kernels.logps import choose_implementation
+from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.collate import Collator
-from mede2.trainer.data.dataset import Batches, load_dataset
+from mede2.trainer.data.dataset import load_dataset
 from mede2.trainer.data.encoding import Encoder
+from mede2.trainer.data.layout import Layout
+from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.processing import load_processor
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.engine import Engine, fill_deepspeed_config, make_optimizer, read_deepspeed_file
@@ -60,6 +63,7 @@ def make_settings(stage: int, **values) -> Settings:
     defaults = {
         "global_batch_size": 8, "micro_batch_size": 1, "learning_rate": 1e-3, "adam_beta1": 0.0, "max_grad_norm": 0.0,
         "scheduler": "constant", "warmup_ratio": 0.0, "dtype": "fp32", "max_length": 512,
+        "num_workers": 0,
     }  # fmt: skip
     return resolve(stage, [("test", defaults | values)]).settings
 
@@ -69,7 +73,12 @@ def make_batches(world: World, model: str, records: str, stage: int, settings: S
     processor = load_processor(Path(model))
     dataset = load_dataset((records,), stage, Encoder(processor, settings.max_length), "stop", world)
     batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
-    return Batches(dataset, Sampler(len(dataset.examples), batch, None), Collator(processor, dataset.has_images), world)
+    layout = Layout(settings.shared_prefix)
+    lengths = tuple(map(layout.length, dataset.examples))
+    collator = Collator(
+        processor, Positions(Path(model)), dataset.has_images, layout, packed=settings.pack_length > 0
+    )
+    return Batches(dataset, Sampler(lengths, batch, None, settings.pack_length), collator, world, settings.num_workers)
 
 
 def make_engine(world: World, model: str, settings: Settings, zero: str = "z3", *, trains: bool = True) -> Engine:
@@ -82,6 +91,7 @@ def make_engine(world: World, model: str, settings: Settings, zero: str = "z3", 
     policy = load_policy(
         Path(model), dtype=dtype, attention=settings.attention, implementation=choose_implementation(settings.logps),
         deepspeed_config=config, activation_checkpointing=settings.activation_checkpointing,
+        activation_offload=settings.activation_offload,
     )  # fmt: skip
     if not trains:
         return Engine(policy, config, world, dtype)

@@ -1,5 +1,6 @@
 """Whole runs of both stages, as the commands start them."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 from harness import DS_CONFIGS, main
@@ -31,17 +32,34 @@ def stage2(world: World, job: dict) -> str:
     return stage(world, job, 2, "stage2", train=[pairs], eval=pairs, epochs=1, train_vision_tower=True)
 
 
-def stage2_cached(world: World, job: dict) -> str:
-    """The same records and starting policy again: whoever computes the reference anew is caught."""
+@contextmanager
+def no_reference_pass():
+    """Whoever computes reference log-probabilities is caught."""
 
     def refuse(*arguments):
-        raise AssertionError("the reference log-probabilities were computed again")
+        raise AssertionError("reference log-probabilities were computed")
 
     compute, reference.compute = reference.compute, refuse
     try:
-        return stage(world, job, 2, "stage2_cached", train=[job["records"]["pairs"]], max_steps=1)
+        yield
     finally:
         reference.compute = compute
+
+
+def stage2_cached(world: World, job: dict) -> str:
+    """The same records and starting policy again."""
+    with no_reference_pass():
+        return stage(world, job, 2, "stage2_cached", train=[job["records"]["pairs"]], max_steps=1)
+
+
+def stage2_simpo(world: World, job: dict) -> str:
+    """Without a reference, and with a folder for its cache of its own, where none can be found."""
+    pairs, mix = job["records"]["pairs"], {"simpo": 1.0, "nll": 0.5}
+    with no_reference_pass():
+        return stage(
+            world, job, 2, "simpo/stage2_simpo", model=job["models"]["tied"], train=[pairs], eval=pairs, max_steps=1,
+            objective=mix, beta=2.0,
+        )  # fmt: skip
 
 
 def stage2_reference(world: World, job: dict) -> str:
@@ -52,6 +70,7 @@ def stage2_reference(world: World, job: dict) -> str:
 
 SCENARIOS = {
     "stage1": stage1, "stage2": stage2, "stage2_cached": stage2_cached, "stage2_reference": stage2_reference,
+    "stage2_simpo": stage2_simpo,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What happens to the weights: frozen parts, failed updates, bf16, checkpoints, export, the reference cache."""
 
 import dataclasses
+import resource
 from pathlib import Path
 
 import torch
@@ -8,12 +9,13 @@ from harness import main, make_batches, make_engine, make_settings, no_hook
 
 from mede2.trainer import reference
 from mede2.trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mede2.trainer.data.batches import Batches, Totals
 from mede2.trainer.data.collate import MicroBatch
-from mede2.trainer.data.dataset import Batches, Totals
 from mede2.trainer.engine import Engine, NonFiniteUpdate
 from mede2.trainer.export import export
 from mede2.trainer.loop import train
 from mede2.trainer.objectives import Enhance, Objective, elicit
+from mede2.trainer.rehearsal import rehearse
 from mede2.trainer.settings import Settings
 from mede2.trainer.world import World
 
@@ -38,7 +40,7 @@ def run(
 
 def enhance(job: dict, settings: Settings) -> Enhance:
     reference = torch.tensor(job["reference"], dtype=torch.float64)
-    return Enhance(reference, settings.beta, settings.label_smoothing, settings.nll_weight)
+    return Enhance(settings, reference)
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -57,7 +59,7 @@ def frozen_elicit(world: World, job: dict) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Poisoned:
+class Poisoned(Objective):
     """An objective that goes wrong in one row: its loss becomes `factor` times itself, or only its gradient does."""
 
     objective: Objective
@@ -108,7 +110,8 @@ def bf16(world: World, job: dict) -> dict:
 
 def resume(world: World, job: dict) -> dict:
     """Five updates of two an epoch without a break; then the last two again in a fresh engine from a checkpoint."""
-    settings = make_settings(2, global_batch_size=4, micro_batch_size=2, adam_beta1=0.9)
+    mix = {"sigmoid": 0.8, "bco_pair_shifted": 0.2, "nll": 1.0}  # with a state that must come back
+    settings = make_settings(2, global_batch_size=4, micro_batch_size=2, adam_beta1=0.9, objective=mix)
     model, folder = job["models"]["tied"], Path(job["checkpoints"])
     batches = make_batches(world, model, job["records"]["pairs"], 2, settings)
     objective = enhance(job, settings)
@@ -118,7 +121,7 @@ def resume(world: World, job: dict) -> dict:
 
     def save(step: int, metrics: dict[str, float]) -> None:
         if step == 2:
-            save_checkpoint(engine, folder, 3, identity)
+            save_checkpoint(engine, folder, 3, identity, objective.state_dict())
             drawn["after saving"] = torch.rand(4)
 
     engine = make_engine(world, model, settings)
@@ -135,6 +138,8 @@ def resume(world: World, job: dict) -> dict:
     torch.manual_seed(7)
     engine = make_engine(world, model, settings)
     load_checkpoint(engine, checkpoint)
+    objective = enhance(job, settings)
+    objective.load_state_dict(checkpoint.objective)
     drawn["after loading"] = torch.rand(4)
     losses_resumed = run(engine, objective, batches, settings, 5, first_step=checkpoint.step)
     resumed = weights(engine)
@@ -203,7 +208,7 @@ def reference_cache(world: World, job: dict) -> dict:
             found.update(metrics)
             raise Enough
 
-        objective = Enhance(values, settings.beta, settings.label_smoothing, settings.nll_weight)
+        objective = Enhance(settings, values)
         try:
             train(
                 engine, objective, batches, settings, first_step=0, num_steps=1, before_update=before_update,
@@ -225,6 +230,39 @@ def reference_cache(world: World, job: dict) -> dict:
             "files": len(list(folder.iterdir()))}  # fmt: skip
 
 
+def rehearsed(world: World, job: dict, between) -> dict:
+    """One update after a dry run of the heaviest micro-batch: its loss and gradient norm."""
+    settings = make_settings(2, global_batch_size=4, micro_batch_size=2)
+    model = job["models"]["tied"]
+    batches = make_batches(world, model, job["records"]["pairs"], 2, settings)
+    engine = make_engine(world, model, settings)
+    objective, found = enhance(job, settings), {}
+    before = weights(engine)
+    between(engine, objective, batches)
+    kept = all(torch.equal(tensor, before[name]) for name, tensor in weights(engine).items())
+    run(engine, objective, batches, settings, 1, after_update=lambda step, metrics: found.update(metrics))
+    engine.close()
+    return {"kept": kept, "loss": found["loss"], "grad_norm": found["grad_norm"]}
+
+
+def out_of_memory(world: World, job: dict) -> str:
+    """A dry run in an address space that has no room for the attention mask of a long pair."""
+    settings = make_settings(2, global_batch_size=2, micro_batch_size=1, max_length=20_000)
+    engine = make_engine(world, job["models"]["tied"], settings)
+    batches = make_batches(world, job["models"]["tied"], job["records"]["long"], 2, settings)
+    objective = Enhance(settings, torch.zeros(2, 2, dtype=torch.float64))
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**28, resource.RLIM_INFINITY))
+    try:
+        rehearse(engine, objective, batches, range(1))
+    except ValueError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        engine.close()
+    return ""
+
+
 INF, NAN = float("inf"), float("nan")
 SCENARIOS = {
     "frozen_elicit": frozen_elicit,
@@ -233,6 +271,9 @@ SCENARIOS = {
     "gradient_nan_z3_bf16": lambda world, job: not_finite(world, job, "z3", "bf16", NAN, True),
     "gradient_nan_z2": lambda world, job: not_finite(world, job, "z2", "fp32", NAN, True),
     "gradient_nan_z2_bf16": lambda world, job: not_finite(world, job, "z2", "bf16", NAN, True),
+    "unrehearsed": lambda world, job: rehearsed(world, job, lambda *parts: None),
+    "rehearsed": lambda world, job: rehearsed(world, job, lambda *parts: rehearse(*parts, range(2))),
+    "out_of_memory": out_of_memory,
     "bf16": bf16,
     "resume": resume,
     "resume_elsewhere": resume_elsewhere,

@@ -1,0 +1,48 @@
+"""The longest micro-batch of a run goes first, dry: what does not fit into memory shows at once, and with its rows."""
+
+import torch
+
+from mede2.trainer.data.batches import Batches
+from mede2.trainer.engine import Engine, NonFiniteUpdate
+from mede2.trainer.objectives import Objective
+
+
+def heaviest(batches: Batches, steps: range) -> tuple[int, int]:
+    """The update and the number of the micro-batch in which some rank runs the most tokens, padding counted."""
+    sampler, most, found = batches.sampler, -1, (0, 0)
+    for step in steps:
+        of_ranks = [sampler.micro_batches(step, rank) for rank in range(batches.world.size)]
+        for number, slots in ((n, slots) for plan in of_ranks for n, slots in enumerate(plan)):
+            tokens = sampler.num_computed(slots)
+            if tokens > most:
+                most, found = tokens, (step, number)
+    return found
+
+
+def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: range) -> None:
+    """Forward and backward of the heaviest micro-batch, its loss times zero: nothing is updated, and the gradients that
+    the first update finds are zeros.
+
+    Raises:
+        ValueError: it does not fit into memory; names its rows and what would help.
+        NonFiniteUpdate: on every rank, its loss is not finite.
+    """
+    step, number = heaviest(batches, steps)
+    slots = batches.sampler.micro_batches(step, batches.world.rank)[number]
+    micro_batch = batches.collator(batches.dataset.examples, slots).to(engine.world.device, engine.dtype)
+    try:
+        loss, _ = objective(engine(micro_batch), micro_batch, batches.totals(step))
+        suspects = () if torch.isfinite(loss) else micro_batch.sources
+        if rows := sorted({row for part in engine.world.gather(suspects) for row in part}):
+            raise NonFiniteUpdate(f"before the first update the loss is not finite; rows: {', '.join(rows)}")
+        engine.backward(loss * 0.0)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        num_rows, length = micro_batch.inputs["input_ids"].shape
+        rows = ", ".join(micro_batch.sources)
+        raise ValueError(
+            f"out of memory in the longest micro-batch, {num_rows} x {length} tokens, of {rows}: lower "
+            "micro_batch_size, pack_length or --max-pixels, leave out such rows, or set "
+            f"activation_checkpointing=true ({str(error).splitlines()[0]})"
+        ) from error
