@@ -1,10 +1,11 @@
 """Our Stage II step beside TRL's DPOTrainer: pairs and tokens a second, peak memory, and what each feature gives.
 
-Every contender (step_contenders.py) trains in a process of its own on the same model, pairs, dtype and device. They
-take turns, one update each, and wait halted (SIGSTOP, data workers too) while others run; times are medians over the
-turns. On CUDA, where they do not fit beside each other, each has all its turns at once. An update is timed whole: data,
-forward, backward, optimizer, logging. Before anything is timed, losses and log-probabilities of the first two updates
-must be those of TRL: the same work.
+Contenders (step_contenders.py): TRL as shipped; TRL compact, which scores answer positions only, as it does by itself
+where Triton runs; the same under our DeepSpeed file; ours; and ours with one thing changed. Each trains in a process of
+its own on the same model, pairs, dtype and device. They take turns, one update each, and wait halted (SIGSTOP, data
+workers too) while others run; times are medians over the turns. On CUDA, where they do not fit beside each other, each
+has all its turns at once. An update is timed whole: data, forward, backward, optimizer, logging. Losses and
+log-probabilities of the first updates must be those of TRL, or there are no figures: the same work.
 
 Our reference log-probabilities are computed once: a pair is charged their cost over EPOCHS epochs, or, in the column
 "1 epoch", all of it; TRL computes them in every step. Tokens are those of both sequences of a pair, prompt twice,
@@ -47,7 +48,8 @@ EPOCHS = 3  # that our reference pass serves
 LEAVE_S = 20  # for a contender to end in order
 SPARE_UPDATES = 2  # data behind the last timed update, so that data workers have as much to do as before it
 PACKAGES = ("trl", "transformers", "deepspeed", "accelerate")
-TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the losses, and relative, of the log-probabilities
+SAME = {"fp32": (2, 1e-3), "bf16": (1, 2e-2)}  # updates that must agree with TRL's, and how closely: rounding to bf16
+# differs so much that after one update of Adam losses do too
 OURS, TRL, COMPACT, ZERO3 = "ours", "TRL", "TRL compact", "TRL compact, ZeRO-3"
 VARIANTS = {  # ours, with one thing changed by settings
     "no shared prefix": {"shared_prefix": False},
@@ -101,15 +103,15 @@ class Runner:
         self.process = context.Process(target=contend, args=(contender, job, theirs, self.log), name=name)
         self.process.start()
         theirs.close()
-        self._wait()
 
     def turn(self) -> None:
         """One update more."""
         os.killpg(self.process.pid, signal.SIGCONT)
         self.connection.send(True)
-        self._wait()
+        self.wait()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """For the report of an update, the first one after its start; then the process halts."""
         try:
             self.reports.append(self.connection.recv())
         except EOFError:
@@ -140,6 +142,7 @@ def run_all(found: dict[str, Contender], case: Case, job: Job, rounds: int) -> d
                 scratch = job.scratch / name.replace(" ", "-")
                 scratch.mkdir()
                 runners[name] = Runner(name, found[name], replace(job, scratch=scratch))
+                runners[name].wait()
             for _ in range(rounds):
                 for runner in runners.values():
                     runner.turn()
@@ -151,18 +154,19 @@ def run_all(found: dict[str, Contender], case: Case, job: Job, rounds: int) -> d
 
 
 def check_same_work(reports: dict[str, list[dict[str, float]]], dtype: str) -> float:
-    """The largest difference of losses and log-probabilities from TRL's over the first two updates.
+    """The largest difference of losses and log-probabilities from TRL's, relative where they are above 1.
 
     Raises:
         click.ClickException: it is above the tolerance, so that times could not be compared.
     """
-    theirs, worst = reports[TRL], 0.0
+    num_updates, tolerance = SAME[dtype]
+    worst = 0.0
     for name, ours in reports.items():
-        for update, (want, got) in enumerate(zip(theirs[:2], ours[:2], strict=True), start=1):
+        for update, (want, got) in enumerate(zip(reports[TRL][:num_updates], ours[:num_updates], strict=True), start=1):
             for key in ("loss", "logps/chosen", "logps/rejected"):
                 gap = abs(got[key] - want[key]) / max(1.0, abs(want[key]))
                 worst = max(worst, gap)
-                if not gap <= TOLERANCE[dtype]:
+                if not gap <= tolerance:
                     raise click.ClickException(f"update {update}: {key} is {want[key]} of TRL, {got[key]} of {name}")
     return worst
 
@@ -200,7 +204,7 @@ def measure(case: Case, rounds: int, variants: bool, console: Console) -> list[d
         found = contenders(case, variants)
         reports = run_all(found, case, job, rounds)
         gap = check_same_work(reports, case.dtype)
-        console.print(f"losses and log-probabilities of two updates are TRL's within {gap:.1e}")
+        console.print(f"losses and log-probabilities of the first updates are TRL's within {gap:.1e}")
         flops = matmul_flops(case.device, DTYPES[case.dtype])
         config, sizes = AutoConfig.from_pretrained(model), measure_sizes(examples, processor)
     return [row_of(case, name, found[name], reports[name], config, sizes, flops) for name in reports]

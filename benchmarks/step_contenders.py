@@ -1,10 +1,10 @@
 """The contenders of bench_step.py: TRL's DPOTrainer and our Stage II, each in its own loop on the same records.
 
 Each runs in a process of its own that stops at a `Gate` between two updates, so that contenders take turns. Both train
-the language model only, by DPO without NLL, with the same Adam, clipping, constant learning rate, order of the pairs
-and micro-batches. TRL's template writes a newline behind the answer, which we do not learn; here it gets a template
-that writes it before the next turn, so that both see the same tokens. In bf16, ours keeps fp32 masters of bf16 weights;
-TRL has fp32 weights and autocast on the CPU, and on CUDA the same DeepSpeed file as ours.
+the language model only, by DPO without NLL, with the same Adam, clipping, constant learning rate, and pairs in each
+update. TRL's template writes a newline behind the answer, which we do not learn; here it gets a template
+that writes it before the next turn, so that both see the same tokens. In bf16, DeepSpeed
+keeps fp32 masters of bf16 weights; TRL without it has fp32 weights and autocast.
 Imports transformers and, in the processes, trl.
 """
 
