@@ -35,6 +35,7 @@ setup(
         "triton==3.7.1; platform_system == 'Linux'",
         "deepspeed==0.19.8",
         "transformers==5.23.0",
+        "peft==0.21.2",
         "datasets==5.2.0",
         "bitsandbytes==0.50.2",
         "safetensors>=0.6,<1",
@@ -51,6 +52,9 @@ setup(
         "watch": ["wandb>=0.22,<1"],
         "serve": ["openai>=2,<3"],
         "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "matplotlib>=3.10,<4", "trl==1.16.0"],
-        "test": ["hypothesis>=6,<7", "pytest>=8,<10", "pytest-timeout>=2.4,<3", "ruff>=0.14,<1", "trl==1.16.0"],
+        "test": [
+            "hypothesis>=6,<7", "pytest>=8,<10", "pytest-timeout>=2.4,<3", "ruff>=0.14,<1", "trl==1.16.0",
+            "wandb>=0.22,<1",
+        ],
     },
 )

@@ -21,7 +21,7 @@ def heaviest(batches: Batches, steps: range) -> tuple[int, int]:
 
 def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: range) -> None:
     """Forward and backward of the heaviest micro-batch, its loss times zero: nothing is updated, and the gradients that
-    the first update finds are zeros.
+    the first update finds are zeros; what dropout draws is given back.
 
     Raises:
         ValueError: it does not fit into memory; names its rows and what would help.
@@ -31,11 +31,12 @@ def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: rang
     slots = batches.sampler.micro_batches(step, batches.world.rank)[number]
     micro_batch = batches.collator(batches.dataset.examples, slots).to(engine.world.device, engine.dtype)
     try:
-        loss, _ = objective(engine(micro_batch), micro_batch, batches.totals(step))
-        suspects = () if torch.isfinite(loss) else micro_batch.sources
-        if rows := sorted({row for part in engine.world.gather(suspects) for row in part}):
-            raise NonFiniteUpdate(f"before the first update the loss is not finite; rows: {', '.join(rows)}")
-        engine.backward(loss * 0.0)
+        with torch.random.fork_rng([engine.world.device] if engine.world.device.type == "cuda" else []):
+            loss, _ = objective(engine(micro_batch), micro_batch, batches.totals(step))
+            suspects = () if torch.isfinite(loss) else micro_batch.sources
+            if rows := sorted({row for part in engine.world.gather(suspects) for row in part}):
+                raise NonFiniteUpdate(f"before the first update the loss is not finite; rows: {', '.join(rows)}")
+            engine.backward(loss * 0.0)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise

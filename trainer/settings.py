@@ -14,6 +14,9 @@ import yaml
 
 ELICIT, ENHANCE = 1, 2
 STAGE_NAMES = {ELICIT: "Stage I (elicit)", ENHANCE: "Stage II (enhance)"}
+OF_ADAPTERS = (
+    "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "quantize", "merge_adapter",
+)  # fmt: skip
 
 CORRUPTIONS = ("crop", "blank", "noise", "shuffle")
 _OF_REFERENCE = ("beta", "reference", "reference_cache")
@@ -147,8 +150,9 @@ class Settings:
     )
     optimizer: str = _setting(
         "adamw",
-        "adamw: torch; adamw_8bit: bitsandbytes; cpu_adam: DeepSpeed's, for offload.",
-        choices=("adamw", "adamw_8bit", "cpu_adam"),
+        "adamw: torch; adamw_8bit: bitsandbytes; paged_adamw_8bit: the same, its state moving to host memory when the "
+        "device is full; cpu_adam: DeepSpeed's, for offload.",
+        choices=("adamw", "adamw_8bit", "paged_adamw_8bit", "cpu_adam"),
     )
     adam_beta1: float = _setting(0.9, "Adam's first decay rate.", at_least=0, below=1)
     adam_beta2: float = _setting(0.95, "Adam's second decay rate.", at_least=0, below=1)
@@ -187,6 +191,41 @@ class Settings:
     train_language_model: bool = _setting(True, "Train the language model and its head.")
     train_vision_tower: bool = _setting(False, "Train the vision tower.")
     train_merger: bool = _setting(False, "Train the merger between vision tower and language model.")
+    vision_tower_lr: float | None = _setting(
+        None, "Peak learning rate of the vision tower; unset: learning_rate. The schedule's shape is the same.", above=0
+    )
+    merger_lr: float | None = _setting(None, "Peak learning rate of the merger; unset: learning_rate.", above=0)
+    lora_rank: int = _setting(
+        0, "Rank of a LoRA adapter that trains in place of the language model (0: none).", at_least=0
+    )
+    lora_alpha: int = _setting(
+        32, "The adapter counts alpha / rank times (with use_rslora: alpha / sqrt(rank) times).", at_least=1
+    )
+    lora_dropout: float = _setting(0.0, "Dropout before the adapter, in training only.", at_least=0, below=1)
+    lora_target_modules: tuple[str, ...] = _setting(
+        ("all-linear",),
+        "Linear layers of the language model that get one, such as q_proj; all-linear: each but the head.",
+    )
+    use_rslora: bool = _setting(False, "Rank-stabilized LoRA: another scale, see lora_alpha.")
+    use_dora: bool = _setting(False, "DoRA: the norms of the adapted weights' rows train too.")
+    quantize: str | None = _setting(
+        None,
+        "nf4: hold the language model's frozen linear layers in 4 bits (QLoRA; a reference model too); needs lora_rank "
+        "and ZeRO-1 or ZeRO-2.",
+        choices=("nf4",),
+    )
+    merge_adapter: bool = _setting(
+        True,
+        "Write the whole model with the adapter merged in, which Stage II starts from and servers load; false: write "
+        "the adapter alone, as peft loads it.",
+        harmless=True,
+    )
+    max_shard_gb: float = _setting(
+        5.0,
+        "Largest safetensors file of the model written, 1e9 bytes; a larger model is split.",
+        above=0,
+        harmless=True,
+    )
     grey_window: tuple[float, float] | None = _setting(
         None, "Low and high intensity of 16-bit grey images, shown as black and white; unset: such images are refused."
     )
@@ -211,7 +250,31 @@ class Settings:
             raise ValueError(
                 "train_language_model, train_vision_tower and train_merger are all false: nothing would train"
             )
+        for name in ("vision_tower", "merger"):
+            if getattr(self, f"{name}_lr") is not None and not getattr(self, f"train_{name}"):
+                raise ValueError(f"{name}_lr: the {name} does not train; set train_{name}=true or leave {name}_lr out")
+        self._check_adapter()
         self._check_objective()
+
+    def _check_adapter(self) -> None:
+        if not self.lora_rank:
+            for name in OF_ADAPTERS:
+                if (value := getattr(self, name)) != _default(FIELDS[name]):
+                    raise ValueError(f"{name}: {value!r} has a meaning only with an adapter; set lora_rank, such as 16")
+            return
+        if not self.lora_target_modules:
+            raise ValueError("lora_target_modules: empty; name layers, or all-linear")
+        if not self.train_language_model:
+            raise ValueError(
+                f"lora_rank: {self.lora_rank} puts an adapter on the language model, but train_language_model is "
+                "false; set lora_rank=0 or train_language_model=true"
+            )
+        for part in ("vision_tower", "merger"):
+            if getattr(self, f"train_{part}") and not self.merge_adapter:
+                raise ValueError(
+                    f"merge_adapter: false writes the adapter of the language model alone, and the trained {part} "
+                    f"would be lost; set merge_adapter=true or train_{part}=false"
+                )
 
     def _check_objective(self) -> None:
         mix = ", ".join(self.objective)
@@ -238,6 +301,10 @@ class Settings:
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
+
+
+def _default(item: dataclasses.Field) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 FIELDS = {item.name: item for item in fields(Settings)}

@@ -143,6 +143,7 @@ def records(tmp_path_factory) -> dict[str, str]:
         image = Image.new("L", (56, 40))
         image.putdata(pixels)
         image.save(folder / f"{number}.png")
+        Image.new("L", image.size, round(sum(pixels) / len(pixels))).save(folder / f"{number}-blank.png")
         names.append(f"{number}.png")
     rows: dict[str, list[dict]] = {"texts": [], "mixed": [], "pairs": [], "long": []}
     for number, answer in enumerate(ANSWERS):
@@ -230,6 +231,12 @@ def reference_logps(make_reference, models, records) -> list[list[float]]:
 
 
 @pytest.fixture(scope="session")
+def with_blank() -> Callable[[list[list[float]]], list[list[float]]]:
+    """Adds made-up reference log-probabilities of the chosen answers under a blank image."""
+    return lambda reference: [[*row, row[0] - 3.0 + number] for number, row in enumerate(reference)]
+
+
+@pytest.fixture(scope="session")
 def dpo_and_nll() -> Callable[[str, str, list[list[float]]], dict]:
     """`dpo_and_nll(model, pairs, reference)`: loss and gradients of Stage II, written out by hand over the plain
     model's log-probabilities."""
@@ -249,8 +256,28 @@ def dpo_and_nll() -> Callable[[str, str, list[list[float]]], dict]:
     return compute
 
 
+def _image_preferences(model: str, pairs: str, reference: list[list[float]]) -> dict:
+    """Loss and gradients of DPO, half of mDPO's image preference (blank images) and a quarter of its anchor."""
+    run = Plain(model)
+    logsigmoid, terms = torch.nn.functional.logsigmoid, {"pair": [], "image": [], "anchor": []}
+    for ((chosen, rejected), row), (of_chosen, of_rejected, of_blank) in zip(
+        run.conversations(pairs), reference, strict=True
+    ):
+        own = chosen.double().sum() - of_chosen
+        terms["pair"].append(-logsigmoid(BETA * (own - (rejected.double().sum() - of_rejected))))
+        terms["anchor"].append(-logsigmoid(BETA * own))
+        if row["images"]:
+            blank = [Path(pairs).parent / image.replace(".png", "-blank.png") for image in row["images"]]
+            under_blank = run.token_logps(_parts(row["prompt"] + row["chosen"]), blank).double().sum() - of_blank
+            terms["image"].append(-logsigmoid(BETA * (own - under_blank)))
+    means = {name: torch.stack(values).mean() for name, values in terms.items()}
+    loss = means["pair"] + 0.5 * means["image"] + 0.25 * means["anchor"]
+    loss.backward()
+    return {"loss": float(loss.detach()), "gradients": run.gradients()}
+
+
 @pytest.fixture(scope="session")
-def truth(models, records, reference_logps, dpo_and_nll) -> dict[str, dict]:
+def truth(models, records, reference_logps, with_blank, dpo_and_nll) -> dict[str, dict]:
     """Loss and gradients of each objective, by hand."""
 
     def nll(folder: str, file: str) -> dict:
@@ -264,5 +291,6 @@ def truth(models, records, reference_logps, dpo_and_nll) -> dict[str, dict]:
         "elicit": nll(models["tied"], records["texts"]),
         "elicit_mixed": nll(models["tied"], records["mixed"]),
         "enhance": dpo_and_nll(models["tied"], records["pairs"], reference_logps),
+        "mdpo": _image_preferences(models["tied"], records["pairs"], with_blank(reference_logps)),
         "enhance_untied": dpo_and_nll(models["untied"], records["pairs"], reference_logps),
     }

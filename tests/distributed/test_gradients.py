@@ -13,11 +13,11 @@ TRUTH = {  # which hand-written run each configuration must equal
     "enhance_z2": "enhance", "enhance_z2_untied": "enhance_untied", "enhance_z3_offload": "enhance",
     "enhance_triton": "enhance", "enhance_triton_untied": "enhance_untied", "enhance_apart": "enhance",
     "enhance_packed": "enhance", "enhance_packed_apart": "enhance", "enhance_packed_triton": "enhance",
-    "elicit_packed": "elicit_mixed",
+    "elicit_packed": "elicit_mixed", "mdpo": "mdpo", "mdpo_packed": "mdpo",
 }  # fmt: skip
 ONE_RANK = (
     "elicit", "elicit_mixed", "enhance", "enhance_micro_4", "enhance_every_part", "enhance_untied", "enhance_z2",
-    "enhance_packed", "elicit_packed",
+    "enhance_packed", "elicit_packed", "mdpo_packed",
 )  # fmt: skip
 TWO_RANKS = (
     *TRUTH, "enhance_clipped", "enhance_bf16", "enhance_triton_bf16", "elicit_local_totals", "enhance_local_totals",
@@ -26,9 +26,9 @@ LOCAL_TOTALS = {"elicit_local_totals": "elicit", "enhance_local_totals": "enhanc
 
 
 @pytest.fixture(scope="session")
-def runs(launch, models, records, reference_logps) -> dict[int, list[dict]]:
+def runs(launch, models, records, reference_logps, with_blank) -> dict[int, list[dict]]:
     """Results of every configuration: by the number of ranks, then by rank."""
-    job = {"models": models, "records": records, "reference": reference_logps}
+    job = {"models": models, "records": records, "reference": with_blank(reference_logps)}
     return {
         1: launch("gradients", 1, scenarios=ONE_RANK, **job),
         2: launch("gradients", 2, scenarios=TWO_RANKS, **job),

@@ -1,6 +1,7 @@
 """Alarms on series made by hand: each sounds where it must, once, and never on noise."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -126,6 +127,13 @@ def test_an_alarm_ends_and_sounds_again():
     assert marks[:first] == [None] * first
     assert set(marks[first:last]) == {1.0}
     assert marks[last + 1] is None
+
+
+def test_it_does_not_flicker_about_its_threshold():
+    rows = honest()
+    for step, row in enumerate(rows):
+        row["rewards/accuracies"] = 0.995 + 0.002 * math.sin(step / 10)
+    assert [name for _, name in sound(rows)] == ["saturated"]
 
 
 @pytest.mark.parametrize("stopped", [START - 10, START + 10, START + 60])

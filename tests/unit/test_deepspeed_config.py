@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mede2.trainer.engine import AsyncIOBuilder, fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.engine import AsyncIOBuilder, check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.prepare import prepare
 from mede2.trainer.settings import BatchArithmetic, Settings, resolve
 
@@ -74,3 +74,10 @@ def test_offload_to_nvme_without_libaio_is_refused(tmp_path, world):
 def test_cpu_adam_is_let_through_where_the_file_offloads():
     filled = fill(read_deepspeed_file(ROOT / "ds_configs" / "z3_offload.json"), optimizer="cpu_adam")
     assert filled["zero_force_ds_cpu_optimizer"] is True
+
+
+def test_a_run_with_its_optimizer_on_nvme_is_not_continued():
+    """Loaded again it went on from the weights of its first step."""
+    with pytest.raises(ValueError, match="resume: a run with its optimizer on NVMe cannot be continued"):
+        check_nvme(read_deepspeed_file(ROOT / "ds_configs" / "z3_nvme.json"), resumes=True)
+    check_nvme(read_deepspeed_file(ROOT / "ds_configs" / "z3_offload.json"), resumes=True)

@@ -12,6 +12,7 @@ from mede2.trainer.world import World
 EVERY_PART = {"train_language_model": True, "train_vision_tower": True, "train_merger": True}
 SMALL = EVERY_PART | {"global_batch_size": 4}
 RECOMPUTED = EVERY_PART | {"activation_checkpointing": True, "micro_batch_size": 2}
+MDPO = {"objective": {"sigmoid": 1.0, "image_conditional": 0.5, "anchor": 0.25}, "corruption": "blank"}
 # name: model, records, stage, ZeRO file, settings beyond the usual
 CASES = {
     "elicit": ("tied", "texts", 1, "z3", {}),
@@ -36,6 +37,8 @@ CASES = {
     "enhance_packed_apart": ("tied", "pairs", 2, "z3", {"pack_length": 400, "shared_prefix": False}),
     "enhance_packed_triton": ("tied", "pairs", 2, "z3", {"pack_length": 1000, "logps": "triton"}),
     "elicit_packed": ("tied", "mixed", 1, "z3", {"pack_length": 130, "num_workers": 2}),
+    "mdpo": ("tied", "pairs", 2, "z3", MDPO | {"micro_batch_size": 2}),
+    "mdpo_packed": ("tied", "pairs", 2, "z3", MDPO | {"pack_length": 300}),
     "enhance_bf16": ("tied", "pairs", 2, "z3", {"dtype": "bf16", "micro_batch_size": 4}),
     **{family: (family, "pairs", 2, "z3", SMALL) for family in ("qwen2_5_vl", "qwen3_vl", "internvl3")},
 }
@@ -59,11 +62,11 @@ def one_update(world: World, job: dict, case: str, batches_type: type[Batches] =
     model, records, stage, zero, values = CASES[case]
     settings = make_settings(stage, **values)
     usual = make_batches(world, job["models"][model], job["records"][records], stage, settings)
-    batches = batches_type(usual.dataset, usual.sampler, usual.collator, usual.world)
+    batches = batches_type(usual.dataset, usual.sampler, usual.collator, usual.world, usual.num_workers)
     objective = elicit
     if stage != ELICIT:
-        reference = torch.tensor(job["reference"], dtype=torch.float64)
-        objective = Enhance(settings, reference)
+        num_sides = 3 if settings.corruption else 2
+        objective = Enhance(settings, torch.tensor(job["reference"], dtype=torch.float64)[:, :num_sides])
     engine = make_engine(world, job["models"][model], settings, zero)
     result = {}
 

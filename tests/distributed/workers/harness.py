@@ -73,16 +73,19 @@ def make_batches(world: World, model: str, records: str, stage: int, settings: S
     processor = load_processor(Path(model))
     dataset = load_dataset((records,), stage, Encoder(processor, settings.max_length), "stop", world)
     batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
-    layout = Layout(settings.shared_prefix)
+    layout = Layout(settings.shared_prefix, corrupted="image_conditional" in settings.objective)
     lengths = tuple(map(layout.length, dataset.examples))
     collator = Collator(
-        processor, Positions(Path(model)), dataset.has_images, layout, packed=settings.pack_length > 0
-    )
+        processor, Positions(Path(model)), dataset.has_images, layout, packed=settings.pack_length > 0,
+        corruption=(settings.corruption, settings.seed),
+    )  # fmt: skip
     return Batches(dataset, Sampler(lengths, batch, None, settings.pack_length), collator, world, settings.num_workers)
 
 
-def make_engine(world: World, model: str, settings: Settings, zero: str = "z3", *, trains: bool = True) -> Engine:
-    """The engine of a run, assembled as `trainer/run.py` does."""
+def make_engine(
+    world: World, model: str, settings: Settings, zero: str = "z3", *, trains: bool = True, adapter: Path | None = None
+) -> Engine:
+    """The engine of a run, assembled as `trainer/run.py` does; `adapter`: a saved one that trains on."""
     dtype = DTYPES[settings.dtype]
     batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
     hidden_size = AutoConfig.from_pretrained(model).get_text_config().hidden_size
@@ -92,6 +95,7 @@ def make_engine(world: World, model: str, settings: Settings, zero: str = "z3", 
         Path(model), dtype=dtype, attention=settings.attention, implementation=choose_implementation(settings.logps),
         deepspeed_config=config, activation_checkpointing=settings.activation_checkpointing,
         activation_offload=settings.activation_offload,
+        adapter=adapter or (settings if settings.lora_rank else None), quantize=settings.quantize,
     )  # fmt: skip
     if not trains:
         return Engine(policy, config, world, dtype)
