@@ -2,10 +2,9 @@
 
 Each runs in a process of its own that stops at a `Gate` between two updates, so that contenders take turns. Both train
 the language model only, by DPO without NLL, with the same Adam, clipping, constant learning rate, and pairs in each
-update. TRL's template writes a newline behind the answer, which we do not learn; here it gets a template
-that writes it before the next turn, so that both see the same tokens. In bf16, DeepSpeed
-keeps fp32 masters of bf16 weights; TRL without it has fp32 weights and autocast.
-Imports transformers and, in the processes, trl.
+update. TRL learns the newline that the template writes behind the answer too, we do not; here TRL gets a template that
+writes it before the next turn, so that both see the same tokens. In bf16, DeepSpeed keeps fp32 masters of bf16 weights;
+TRL without it has fp32 weights and autocast. Imports transformers and, in the processes, trl.
 """
 
 import ctypes
