@@ -51,7 +51,7 @@ setup(
         "cuda": ["flash-attn>=2.8,<3"],
         "watch": ["wandb>=0.22,<1"],
         "serve": ["openai>=2,<3"],
-        "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "matplotlib>=3.10,<4"],
+        "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "matplotlib>=3.10,<4", "trl==1.16.0"],
         "test": [
             "hypothesis>=6,<7",
             "pytest>=8,<10",

@@ -186,7 +186,7 @@ def _paths(config: Mapping, prefix: str = ""):
             yield prefix + key
 
 
-def make_optimizer(policy: Policy, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(policy: Policy, settings: Settings) -> torch.optim.Optimizer:
     """Adam over the trained parameters; weights of two and more dimensions decay, norms and biases do not.
 
     Each group holds its `lr_ratio`: its part's learning rate as a share of the main one.
@@ -211,7 +211,7 @@ def make_optimizer(policy: Policy, settings: Settings, device: torch.device) -> 
         return (AdamW8bit if settings.optimizer == "adamw_8bit" else PagedAdamW8bit)(groups, **common)
     if settings.optimizer == "cpu_adam":
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-    return torch.optim.AdamW(groups, fused=device.type == "cuda", **common)
+    return torch.optim.AdamW(groups, fused=True, **common)
 
 
 class Engine:

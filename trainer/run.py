@@ -189,7 +189,7 @@ def _engine(run: Prepared) -> Engine:
     policy = _load(run, run.model, adapter=adapter, quantize=run.settings.quantize)
     counts = freeze(policy, {part: getattr(run.settings, f"train_{part}") for part in PARTS})
     run.world.say("trained parameters: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
-    return Engine(policy, run.config, run.world, run.dtype, make_optimizer(policy, run.settings, run.world.device))
+    return Engine(policy, run.config, run.world, run.dtype, make_optimizer(policy, run.settings))
 
 
 def _reference_engine(run: Prepared) -> Engine:

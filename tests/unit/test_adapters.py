@@ -97,7 +97,7 @@ def test_groups_of_the_optimizer(model_folder):
     )  # fmt: skip
     policy = load(model_folder)
     freeze(policy, dict.fromkeys(PARTS, True))
-    groups = make_optimizer(policy, settings, torch.device("cpu")).param_groups
+    groups = make_optimizer(policy, settings).param_groups
     found = {(group["lr"], round(group["lr_ratio"], 9), group["weight_decay"]) for group in groups}
     assert found == {(1e-4, 1.0, 0.1), (1e-4, 1.0, 0.0), (5e-4, 5.0, 0.1), (5e-4, 5.0, 0.0)}
     assert sum(len(group["params"]) for group in groups) == len(list(policy.parameters()))

@@ -100,7 +100,7 @@ def make_engine(
     if not trains:
         return Engine(policy, config, world, dtype)
     freeze(policy, {part: getattr(settings, f"train_{part}") for part in PARTS})
-    return Engine(policy, config, world, dtype, make_optimizer(policy, settings, world.device))
+    return Engine(policy, config, world, dtype, make_optimizer(policy, settings))
 
 
 def trained_parameters(engine: Engine) -> dict[str, torch.nn.Parameter]:
