@@ -113,7 +113,8 @@ def train_ours(job: Job, gate: Gate, settings: dict) -> None:
     """`run_stage`, the whole run of a stage, with the gate behind every update and a clock around the reference."""
     from mede2.trainer import reference, run
     from mede2.trainer.metrics import read_metrics
-    from mede2.trainer.settings import ENHANCE, resolve
+    from mede2.trainer.resolution import resolve
+    from mede2.trainer.settings import ENHANCE
     from mede2.trainer.world import join_world
 
     output = job.scratch / "run"

@@ -24,7 +24,8 @@ from mede2.trainer.demo import defaults
 from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
 from mede2.trainer.policy import check_adapter
-from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Resolved, Settings
+from mede2.trainer.resolution import Resolved
+from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Settings
 from mede2.trainer.world import World
 
 SUMMARY = "summary.json"  # of an output folder; written last: the run is done

@@ -24,7 +24,8 @@ from mede2.trainer.objectives import Enhance, Objective, elicit
 from mede2.trainer.policy import PARTS, Policy, freeze, load_policy
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
 from mede2.trainer.rehearsal import rehearse
-from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Resolved, Settings, resolve
+from mede2.trainer.resolution import Resolved, resolve
+from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Settings
 from mede2.trainer.weights_and_biases import check_wandb, start_wandb, started_run
 from mede2.trainer.world import World
 

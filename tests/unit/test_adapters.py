@@ -13,7 +13,8 @@ from mede2.trainer.engine import fill_deepspeed_config, make_optimizer, read_dee
 from mede2.trainer.export import MERGED_TOLERANCE, TOLERANCE, compare
 from mede2.trainer.policy import PARTS, freeze, load_policy
 from mede2.trainer.prepare import prepare
-from mede2.trainer.settings import BatchArithmetic, Settings, resolve
+from mede2.trainer.resolution import resolve
+from mede2.trainer.settings import BatchArithmetic, Settings
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 VARIANTS = [{}, {"use_rslora": True}, {"use_dora": True, "lora_target_modules": ("q_proj", "layers.1.mlp.up_proj")}]

@@ -8,8 +8,9 @@ from harness import DS_CONFIGS, applied_gradients, main, make_batches, make_engi
 from mede2.trainer.loop import train
 from mede2.trainer.moved import MovedCheck, NotMoved
 from mede2.trainer.objectives import Enhance, elicit
+from mede2.trainer.resolution import resolve
 from mede2.trainer.run import run_stage
-from mede2.trainer.settings import Settings, resolve
+from mede2.trainer.settings import Settings
 from mede2.trainer.world import World
 
 NF4 = {"quantize": "nf4", "micro_batch_size": 4}

@@ -25,7 +25,8 @@ from mede2.trainer.data.processing import load_processor
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.engine import Engine, fill_deepspeed_config, make_optimizer, read_deepspeed_file
 from mede2.trainer.policy import PARTS, freeze, load_policy, quiet_transformers
-from mede2.trainer.settings import BatchArithmetic, Settings, resolve
+from mede2.trainer.resolution import resolve
+from mede2.trainer.settings import BatchArithmetic, Settings
 from mede2.trainer.world import World, join_world
 
 DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
