@@ -326,6 +326,10 @@ class Engine:
         return False
 
     def close(self) -> None:
-        """Free the engine's memory."""
+        """Free the engine's memory. DeepSpeed's own references to the parameters outlive it, so they are emptied."""
         self.deepspeed.destroy()
+        for parameter in self.policy.parameters():
+            for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
+                if tensor is not None:
+                    tensor.data = tensor.data.new_empty(0)
         self.deepspeed = self.policy = self.optimizer = None
