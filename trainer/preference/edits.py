@@ -6,7 +6,7 @@ is a place, `left untreated` is not. What no pattern knows is not touched, and `
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mede2.trainer.evaluation.answers import STRICT, TAG, parse_answer
@@ -192,20 +192,22 @@ def _invent_finding(think: str, rng: random.Random, answer: str, options: Sequen
 
 
 def _contradict(think: str, rng: random.Random, answer: str, options: Sequence[str]) -> Made:
-    """The last sentence that concludes names another option, or says the contrary."""
+    """The last sentence that names the answer names another option; of an open question the last one that concludes
+    says the contrary."""
     sentences = _sentences(think)
     for i in reversed(range(len(sentences))):
-        sentence = sentences[i]
-        if answer in options and _names(sentence, answer) and not NEGATION.search(sentence):
-            others = [option for option in options if option != answer and not _names(sentence, option)]
-            if others:
-                other = rng.choice(others)
-                after = re.sub(_word(answer), lambda match, other=other: _like(match[0], other), sentence)
-                return "".join([*sentences[:i], after, *sentences[i + 1 :]]), sentence, after
-        for pattern, other in CONCLUSIONS if not options or not answer or _names(sentence, answer) else ():
-            after = pattern.sub(other, sentence, count=1)
-            if after != sentence and not NEGATION.search(sentence):
-                return "".join([*sentences[:i], after, *sentences[i + 1 :]]), sentence, after
+        before, after = sentences[i], None
+        if answer in options and _names(before, answer):
+            others = [option for option in options if option != answer and not _names(before, option)]
+            if NEGATION.search(before) or not others:
+                return None
+            other = rng.choice(others)
+            after = re.sub(_word(answer), lambda match, other=other: _like(match[0], other), before)
+        elif not options and not NEGATION.search(before):
+            made = (pattern.sub(other, before, count=1) for pattern, other in CONCLUSIONS)
+            after = next((text for text in made if text != before), None)
+        if after is not None:
+            return "".join([*sentences[:i], after, *sentences[i + 1 :]]), before, after
     return None
 
 
@@ -225,7 +227,7 @@ class Edit:
 
 
 EDITS = {
-    "swap_laterality": Edit("image_analysis", _swap_place),
+    "swap_laterality": Edit("no_hallucination", _swap_place),
     "drop_finding": Edit("image_analysis", _drop_finding),
     "invent_finding": Edit("no_hallucination", _invent_finding),
     "contradict_conclusion": Edit("logical_consistency", _contradict),
@@ -296,19 +298,28 @@ def _is_side(text: str, match: re.Match) -> bool:
 
 
 def _swap_levels(text: str) -> str:
-    def swap(match: re.Match) -> str:
-        return _like(match[0], LEVELS[match[0].lower()])
-
     apart = r"(?!\s*(?:and|or|to|/)\s*(?:upper|lower)\b)"
-    pattern = rf"(?<!\bupper and )(?<!\blower and )\b(?:upper|lower){apart}(?=\s+{LEVEL_PLACE}\b)"
+    organ = rf"(?<!\bupper and )(?<!\blower and )\b(?:upper|lower){apart}(?=\s+{LEVEL_PLACE}\b)"
     beside = rf"(?:(?<=\bleft )|(?<=\bright ))(?:upper|lower){apart}(?=\s*(?:[.,;:)]|$))"
-    swapped = re.sub(rf"{pattern}|{beside}", swap, text, flags=re.I)
+    swapped = _exchange(rf"{organ}|{beside}", LEVELS, text)
     return re.sub(r"\b([LR])([UL])([LQ])\b", lambda match: match[1] + "LU"["UL".index(match[2])] + match[3], swapped)
 
 
 def _swap_reach(text: str) -> str:
-    words = "|".join(REACH)
-    return re.sub(rf"\b(?:{words})\b", lambda match: _like(match[0], REACH[match[0].lower()]), text, flags=re.I)
+    return _exchange(rf"\b(?:{'|'.join(REACH)})\b", REACH, text)
+
+
+def _exchange(pattern: str, table: Mapping[str, str], text: str) -> str:
+    """Words by those of a table, with the article that they take."""
+
+    def other(match: re.Match) -> str:
+        word = _like(match["word"], table[match["word"].lower()])
+        if match["article"] is None:
+            return word
+        vowel = word[0].lower() in "aeiou" and not word.lower().startswith("uni")
+        return _like(match["article"], "an " if vowel else "a ") + word
+
+    return re.sub(rf"(?P<article>\ban? )?(?P<word>{pattern})", other, text, flags=re.I)
 
 
 def _affirms(sentence: str) -> bool:
