@@ -11,6 +11,11 @@ from mede2.trainer.preference.rows import Row, parse_row, read_lines, tell
 
 WANTED = {"id": str, "prompt": list, "answer": str}
 OPTIONAL = {"images": list, "options": list, "explanation": str, "meta": dict}
+FORMAT = (
+    "Reason about the images and the question step by step between <think> and </think>: what is seen, what follows "
+    "from it, and a check of both. Then give the answer alone between <answer> and </answer>; where options are "
+    "offered, the text of one of them. Write nothing else."
+)
 KINDS = {str: "text", list: "a list", dict: "a JSON object"}
 
 
@@ -70,6 +75,17 @@ def read_cases(path: Path) -> list[Case]:
     if not cases:
         raise ValueError(f"{path}: no case in it")
     return list(cases.values())
+
+
+def with_system(case: Case, system: str) -> tuple[Message, ...]:
+    """The case's prompt behind a system message.
+
+    Raises:
+        BadRow: the case has one of its own.
+    """
+    if case.prompt[0]["role"] == "system":
+        raise BadRow(case.source, "prompt: has a system message of its own, so --system cannot give it another")
+    return ({"role": "system", "content": [{"type": "text", "text": system}]}, *case.prompt)
 
 
 def parse_case(source: str, row: Row, folder: Path) -> Case:

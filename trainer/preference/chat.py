@@ -5,6 +5,7 @@ Images are those of patients, perhaps: they go to this machine's own addresses, 
 
 import asyncio
 import base64
+import functools
 import io
 import ipaddress
 import json
@@ -13,7 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -54,9 +54,19 @@ class Reply:
     num_prompt_tokens: int
 
 
+def check_address(base_url: str) -> None:
+    """Raise ValueError unless this can be the address of a server."""
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"--base-url {base_url!r}: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(f"--base-url {base_url!r}: an address such as http://127.0.0.1:8000/v1")
+
+
 def is_loopback(base_url: str) -> bool:
     """Whether a server's address is this machine itself. A name other than localhost could be anywhere."""
-    host = urlsplit(base_url).hostname or ""
+    host = httpx.URL(base_url).host
     if host == "localhost":
         return True
     try:
@@ -68,6 +78,7 @@ def is_loopback(base_url: str) -> bool:
 
 def check_images_may_leave(base_url: str, images: Sequence[Path], allowed: bool) -> None:
     """Raise ValueError when there are images and the server is not on this machine, unless that is allowed."""
+    check_address(base_url)
     if images and not allowed and not is_loopback(base_url):
         raise ValueError(
             f"--base-url {base_url}: {len(images)} images (the first is {images[0]}) would leave this machine for that "
@@ -101,13 +112,11 @@ class ChatClient:
         *,
         allow_remote_images: bool = False,
         key_variable: str = "OPENAI_API_KEY",
-        max_retries: int = 8,
+        max_retries: int = 12,
         timeout_s: float = 600.0,
         grey_window: Window = None,
     ):
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"--base-url {base_url}: an address such as http://127.0.0.1:8000/v1")
+        check_address(base_url)
         self.base_url, self.model, self.grey_window = base_url, model, grey_window
         self.allow_remote_images, self.key_variable = allow_remote_images, key_variable
         # What is meant for this machine goes past any proxy, and nothing follows a redirection to elsewhere.
@@ -235,9 +244,10 @@ def _content(parts: list[dict], urls) -> str | list[dict]:
     ]
 
 
+@functools.lru_cache(maxsize=64)  # the answers to a case, and judgements of them, come one after another
 def _data_url(path: Path, grey_window: Window) -> str:
     buffer = io.BytesIO()
-    load_image(path, grey_window).save(buffer, format="PNG")
+    load_image(path, grey_window).save(buffer, format="PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

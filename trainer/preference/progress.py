@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import TextIO
 
 EVERY_S = {True: 0.5, False: 20.0}  # on a terminal, in a log
 
@@ -14,18 +13,17 @@ class Progress:
         title: what is done, such as "answers".
         total: how many there are.
         found: how many of them were done before, by an earlier run.
-        file: where the lines go.
+        shown: whether it is told at all; of several ranks one tells.
     """
 
-    def __init__(self, title: str, total: int, found: int = 0, file: TextIO | None = None):
-        self.title, self.total, self.found, self.done = title, total, found, found
-        self.file = file or sys.stderr
-        self.live = self.file.isatty()
+    def __init__(self, title: str, total: int, found: int = 0, shown: bool = True):
+        self.title, self.total, self.found, self.done, self.shown = title, total, found, found, shown
+        self.live = sys.stderr.isatty()
         self.start = self.told = time.monotonic()
 
     def __enter__(self) -> "Progress":
         if self.found:
-            print(f"{self.title}: {self.found} of {self.total} were there already", file=self.file, flush=True)
+            self._print(f"{self.title}: {self.found} of {self.total} were there already", end="\n")
         return self
 
     def __exit__(self, *_) -> None:
@@ -40,8 +38,11 @@ class Progress:
             self._tell(end="" if self.live else "\n")
 
     def _tell(self, end: str) -> None:
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        rate = (self.done - self.found) / seconds
+        rate = (self.done - self.found) / max(time.monotonic() - self.start, 1e-9)
         left = (self.total - self.done) / rate
         line = f"{self.title}: {self.done} of {self.total}, {rate:.2g} a second, {left:.0f} s left"
-        print(f"\r{line}\x1b[K" if self.live else line, end=end, file=self.file, flush=True)
+        self._print(f"\r{line}\x1b[K" if self.live else line, end)
+
+    def _print(self, text: str, end: str) -> None:
+        if self.shown:
+            print(text, end=end, file=sys.stderr, flush=True)
