@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mede2.trainer.data.records import BadRow
+from mede2.trainer.evaluation.answers import is_right, parse_answer
+from mede2.trainer.preference.cases import Case
 from mede2.trainer.preference.rows import Row, read_rows
-from mede2.trainer.preference.rubric import CRITERIA
+from mede2.trainer.preference.rubric import CRITERIA, Rubric
 
 WANTED = ("case", "sample", "judge", "rubric", "correct", "answer", "well_formed", "scores", "problem", "order", "key")
 
@@ -25,6 +27,16 @@ class Score:
     score: float | None
     evidence: str | None
     note: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer number `sample` to a case; `key` is the hash of all that its text depends on."""
+
+    case: Case
+    sample: int
+    text: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,24 @@ class Judgement:
 
     def row(self) -> Row:
         return asdict(self)
+
+
+def sign(
+    answer: Answer,
+    judge: str,
+    rubric: Rubric,
+    scores: Mapping[str, Score] | None,
+    problem: str | None,
+    key: str,
+    order: int = 0,
+    position: int | None = None,
+) -> Judgement:
+    """The judgement of an answer. Format and correctness are read off its text, whoever the judge is."""
+    case, parsed = answer.case, parse_answer(answer.text, answer.case.options)
+    return Judgement(
+        case.id, answer.sample, judge, rubric.hash, is_right(parsed, case.answer, case.options), parsed.answer,
+        parsed.well_formed, scores, problem, key, order, position,
+    )  # fmt: skip
 
 
 def read_judgements(path: Path) -> Iterator[Judgement]:

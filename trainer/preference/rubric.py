@@ -1,6 +1,6 @@
 """The rubric: a readable YAML file with four criteria and the rule-based judge's words, versioned by its hash."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,11 @@ class Rubric:
     words: Words
     hash: str
 
-    def text(self) -> str:
-        """The criteria as a judge reads them."""
+    def text(self, names: Sequence[str] = CRITERIA) -> str:
+        """Criteria as a judge reads them."""
         parts = []
-        for name, criterion in self.criteria.items():
+        for name in names:
+            criterion = self.criteria[name]
             lines = [f"## {name}", criterion.definition]
             lines += [f"{score}: {criterion.scores[score]}" for score in reversed(SCORES)]
             lines += [f"Example, score {e.score}: {e.answer}\n({e.because})" for e in criterion.examples]

@@ -14,10 +14,14 @@ Its reach, criterion by criterion:
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
-from mede2.trainer.evaluation.answers import is_right, match_option, parse_answer, plain
+from mede2.trainer.evaluation.answers import match_option, parse_answer, plain
+from mede2.trainer.files import hash_file, hash_json
+from mede2.trainer.preference import statements
 from mede2.trainer.preference.cases import Case
-from mede2.trainer.preference.judgements import Judgement, Score
+from mede2.trainer.preference.judgements import Answer, Judgement, Score, sign
 from mede2.trainer.preference.rubric import Rubric
 from mede2.trainer.preference.statements import (  # fmt: skip
     ANYTHING,
@@ -35,31 +39,36 @@ from mede2.trainer.preference.statements import (  # fmt: skip
 JUDGE = "rules"
 FAULT = 3  # a score of 3 or less says that the check found a fault
 NO_FINDINGS = "the case has no structured findings (meta.findings)"
-NO_REASONING = "the answer is not <think>...</think> <answer>...</answer>, so what its reasoning is cannot be told"
 LETTER = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?:?\s+\(?([A-Z])\)?(?=[\s.,;)]|$)")
 
 
-def judge(case: Case, sample: int, text: str, rubric: Rubric, key: str = "") -> Judgement:
-    """Judge one answer of a case.
+def judge(answer: Answer, rubric: Rubric) -> Judgement:
+    """Judge one answer.
 
     Raises:
         ValueError: findings or conclusions of the case that cannot be read.
     """
-    parsed = parse_answer(text, case.options)
-    if parsed.well_formed and parsed.think:
+    case, parsed = answer.case, parse_answer(answer.text, answer.case.options)
+    scores, problem = None, None
+    if not parsed.well_formed:
+        problem = "not <think>...</think> <answer>...</answer>, so what its reasoning is cannot be told"
+    elif not parsed.think:
+        problem = "the reasoning is empty"
+    else:
         scores = {
             "logical_consistency": logical_consistency(case, parsed.think, parsed.answer, rubric),
             "image_analysis": image_analysis(case, parsed.think, rubric),
             "no_hallucination": no_hallucination(case, parsed.think, rubric),
             "reflection": reflection(case, parsed.think, rubric),
         }
-        problem = None
-    else:
-        scores, problem = None, NO_REASONING if not parsed.well_formed else "the reasoning is empty"
-    return Judgement(
-        case.id, sample, JUDGE, rubric.hash, is_right(parsed, case.answer, case.options), parsed.answer,
-        parsed.well_formed, scores, problem, key,
-    )  # fmt: skip
+    seen = [answer.key, answer.text, case.answer, case.options, case.meta.get("findings"), case.meta.get("conclusions")]
+    return sign(answer, JUDGE, rubric, scores, problem, hash_json([JUDGE, code_hash(), rubric.hash, seen]))
+
+
+@cache
+def code_hash() -> str:
+    """sha256 of the rules themselves: judgements by other rules are other judgements."""
+    return hash_json([hash_file(Path(file)) for file in (__file__, statements.__file__)])
 
 
 @dataclass(frozen=True)
@@ -198,9 +207,9 @@ def _reader(case: Case, rubric: Rubric) -> ImageReader:
         raise ValueError(f"{case.source}: {error}") from error
 
 
-def _most_specific(statements: list[Statement]) -> list[Statement]:
+def _most_specific(said: list[Statement]) -> list[Statement]:
     """Each thing said once, and a thing said without its place not beside the same with it."""
-    kept = {(statement.kind, statement.place): statement for statement in reversed(statements)}
+    kept = {(statement.kind, statement.place): statement for statement in reversed(said)}
     return [
         statement for key, statement in reversed(kept.items())
         if not any(kind == statement.kind and place > statement.place for kind, place in kept)
