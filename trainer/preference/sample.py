@@ -127,7 +127,7 @@ def command(
     jobs = plan(read_cases(Path(cases_file)), num, seed, text)
     settings = {
         "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "system": text,
-        "grey_window": _window(grey_window),
+        "grey_window": parse_window(grey_window),
     }  # fmt: skip
     if base_url:
         _ask_server(jobs, Path(output), model, base_url, settings, **options)
@@ -200,7 +200,7 @@ def _system_text(system: str | None) -> str | None:
     return text
 
 
-def _window(text: str | None) -> Window:
+def parse_window(text: str | None) -> Window:
     if text is None:
         return None
     try:
