@@ -17,7 +17,13 @@ SWAPPED = {
     "The trachea is deviated to the left.": "The trachea is deviated to the right.",
     "Right now the left kidney is obstructed.": "Right now the right kidney is obstructed.",
     "The left upper lobe is clear, the right one too: right lung normal.": (
-        "The right upper lobe is clear, the right one too: left lung normal."
+        "The right upper lobe is clear, the left one too: left lung normal."
+    ),
+    "The right kidney is small, the left one not; R-sided stent.": (
+        "The left kidney is small, the right one not; L-sided stent."
+    ),
+    "It lies left of midline, pain in the left hip more than in the right.": (
+        "It lies right of midline, pain in the right hip more than in the left."
     ),
     "Opacity in the RLL and the left base.": "Opacity in the LLL and the right base.",
     "The right middle lobe has collapsed.": "The lingula has collapsed.",
@@ -32,6 +38,7 @@ UNSWAPPED = [
     "The surgeon left the drain in the chest.",
     "Both the left and the right kidney are normal.",
     "A left-to-right shunt.",
+    "Not the left option; that one is the right one.",
     "Neutrophilia with a left shift.",
     "He had the right to refuse; leftover contrast was discarded.",
     "Lower lung volumes and an upper respiratory infection at the upper limit of normal.",
@@ -78,12 +85,19 @@ def test_a_finding_is_dropped(text, expected):
         (
             "The fundus is seen well.",
             {
-                f"The fundus is seen well. There is also {what}."
-                for what in ("flame-shaped hemorrhages", "swelling of the optic disc", "drusen in the macula")
+                f"The fundus is seen well. There {what}."
+                for what in (
+                    "are drusen in the macula", "are flame-shaped hemorrhages", "is swelling of the optic disc",
+                )
             },
         ),
         ("The retina shows drusen and hemorrhages.", {
-            "The retina shows drusen and hemorrhages. There is also swelling of the optic disc."
+            "The retina shows drusen and hemorrhages. There is swelling of the optic disc."
+        }),
+        ("MRI shows a mass in the temporal lobe, edema and hemorrhage.", {
+            "MRI shows a mass in the temporal lobe, edema and hemorrhage. There is a midline shift.",
+            "MRI shows a mass in the temporal lobe, edema and hemorrhage. There is a thin left subdural hematoma.",
+            "MRI shows a mass in the temporal lobe, edema and hemorrhage. There is a thin right subdural hematoma.",
         }),
         ("No effusion or mass.", None),
         ("No history of fracture.", None),
@@ -131,7 +145,7 @@ def test_where_the_reasoning_names_no_option_the_answer_is_another():
     [
         ("A mass. Wait, let me look again at the film. So a cyst.", "A mass. So a cyst."),
         ("A mass. On second thought, it is a cyst.", "A mass."),
-        ("A mass. I should double-check the side. It is left.", "A mass. It is left."),
+        ("A mass. I need to double check the side. It is left.", "A mass. It is left."),
         ("A mass. Re-examining the film, the mass is left. Fine.", "A mass. Fine."),
         ("Wait-and-see is best. Watchful waiting, then. Recheck potassium in two days.", None),
         ("Checkpoint inhibitors help. The doctor should check the potassium.", None),

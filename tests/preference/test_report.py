@@ -185,7 +185,7 @@ def test_labels_that_mean_nothing_are_refused(row, message, tmp_path, write_rows
 
 def full_report(inputs, pairs_file, redact=False):
     pairs = read_pairs(pairs_file)
-    report = make_report(inputs, pairs, [{"reason": SCRIPT}], {})
+    report = make_report(inputs, pairs, [{"reason": f"[red]{SCRIPT}"}], {})
     return report | {"rules": [], "redacted": redact, "examples": examples(pairs, 10, 0, redact)}
 
 
@@ -235,7 +235,7 @@ def test_the_terminal_shows_the_same_tables(inputs, pairs_file, capsys):
     assert len(headings) >= 8
     for heading in headings:
         assert heading in shown
-    assert SCRIPT in shown  # in the column of reasons, not taken for markup
+    assert f"[red]{SCRIPT}" in shown  # not taken for markup
 
 
 def test_from_answers_to_a_report(pairs, demo_cases, tmp_path, write_rows):

@@ -33,13 +33,13 @@ PLACE = (
     r"kidneys?|renal|ureter\w*|adrenal|ovar\w+|adnexa\w*|testic\w+|testis|scrot\w+|breasts?|eyes?|eyelids?|ocular|"
     r"retina\w*|optic|orbit\w*|ears?|cheek|fac(?:e|ial)|temporal|frontal|parietal|occipital|temporoparietal|"
     r"frontoparietal|cerebell\w+|cerebr\w+|thalam\w+|insula\w*|MCA|PCA|ACA|arter(?:y|ial)|veins?|carotid|vertebral|"
-    r"femor\w+|femur|femur|hips?|knees?|ankles?|f(?:oo|ee)t|toes?|legs?|thighs?|calf|arms?|forearms?|elbows?|wrists?|"
+    r"femor\w+|femur|hips?|knees?|ankles?|f(?:oo|ee)t|toes?|legs?|thighs?|calf|arms?|forearms?|elbows?|wrists?|"
     r"hands?|fingers?|thumb|shoulders?|clavic\w+|humer\w+|radius|radial|ulnar?|tibia\w*|fibula\w*|patell\w+|scapul\w+|"
     r"ribs?|flank|quadrants?|groin|inguinal|iliac|thyroid|parotid|submandibular|tonsil\w*|neck|jaw|mandib\w+|"
     r"maxill\w+|sinus\w*|molars?|premolars?|canines?|incisors?|colon|colic|hepatic|zones?|fields?|limbs?|extremit\w+|"
     r"poles?|upper|lower|middle|mid|subclavian|jugular|axill\w+|chest|thora\w+|diaphragm\w*|pelvi\w+|sacroiliac|"
     r"acetabul\w+|metatars\w+|metacarp\w+|calcane\w+|gluteal|psoas|pneumothorax|effusions?|consolidations?|"
-    r"nodules?|opacit\w+|infarct\w*|h[ae]*matomas?|h[ae]*morrhages?|stroke|fractures?|cavit\w+|hydronephrosis|"
+    r"nodules?|opacit\w+|catheters?|pigtail|stents?|infarct\w*|h[ae]*matomas?|h[ae]*morrhages?|stroke|fractures?|cavit\w+|hydronephrosis|"
     r"weakness|paresis)"
 )
 LEVEL_PLACE = (
@@ -65,13 +65,13 @@ NEGATION = re.compile(
     r"neither|unlikely|against|resolved)\b",
     re.I,
 )
-CHECKS = r"(?:(?:double-?|re-?)?check|verify|confirm|make sure|re-?(?:consider|examine|assess|evaluate|visit))"
+CHECKS = r"(?:(?:double[- ]?|re-?)?check|verify|confirm|make sure|re-?(?:consider|examine|assess|evaluate|visit))"
 REFLECTION = re.compile(
     r"^\W*(?:(?:but|however|and|so|now|hmm+|ok(?:ay)?|hold on|wait),?\s+)*(?:"
     r"wait(?=[,.!?:\u2026]|\s*[-\u2013\u2014]+\s|\s+(?:a|I|is|was|the|that|this|let|what)\b)|hold on\b|hmm+\b|"
     r"(?:on|upon) (?:a )?(?:second|closer|further|re-?)\s*(?:thought|look|inspection|review|reflection)\b|"
     r"looking (?:again|back|once more)\b|thinking again\b|"
-    rf"re-?(?:check|examin|consider|assess|evaluat|visit)ing\b|double-?checking\b|(?:re-?)?check:|to {CHECKS}\b)"
+    rf"re-?(?:check|examin|consider|assess|evaluat|visit)ing\b|double[- ]?checking\b|(?:re-?)?check:|to {CHECKS}\b)"
     rf"|\blet(?: me|['\u2019]s| us) (?:just |now )?(?:{CHECKS}\b|look again\b|think again\b|step back\b)"
     rf"|\bI (?:should|must|need to|want to|have to|will) (?:{CHECKS}\b|look again\b)"
     r"|\bon second thought",
@@ -95,20 +95,20 @@ REACH = {
 }  # fmt: skip
 PEERS = {"right middle lobe": "lingula", "rml": "lingula", "lingula": "right middle lobe"}
 INVENTIONS = {  # what the text is about -> findings that such an image could have shown
-    r"chest|lungs?|thora\w+|pulmonary|pleura\w*|hil(?:um|ar)|lobes?|lobar": (
-        "a small {side} pleural effusion", "a {side} apical pneumothorax", "hilar lymphadenopathy",
+    r"chest|lungs?|thora\w+|pulmonary|pleura\w*|hil(?:um|ar)|(?:upper|middle|lower) (?:lobes?|zones?)": (
+        "is a small {side} pleural effusion", "is a {side} apical pneumothorax", "is hilar lymphadenopathy",
     ),
-    r"brain|cerebr\w+|crani\w+|head|hemispher\w+|cort(?:ex|ical)|frontal|parietal|occipital": (
-        "a midline shift", "a thin {side} subdural hematoma", "a small hemorrhage in the {side} basal ganglia",
+    r"brain|cerebr\w+|\w*crani\w+|head|hemispher\w+|cort(?:ex|ical)|frontal|parietal|temporal|occipital": (
+        "is a midline shift", "is a thin {side} subdural hematoma", "is a small hemorrhage in the {side} basal ganglia",
     ),
     r"abdom\w+|liver|hepatic|kidneys?|renal|bowel|colon|pancrea\w+|spleen|gallbladder|pelvi\w+": (
-        "free fluid in the pelvis", "a calculus in the {side} kidney", "a hypodense lesion in the liver",
+        "is free fluid in the pelvis", "is a calculus in the {side} kidney", "is a hypodense lesion in the liver",
     ),
     r"bones?|bony|fractures?|femur|femoral|tibia\w*|joints?|vertebra\w*|spine|knee|hip|shoulder|wrist|ankle": (
-        "a hairline fracture", "a joint effusion", "a lytic lesion",
+        "is a hairline fracture", "is a joint effusion", "is a lytic lesion",
     ),
     r"fundus|fundoscopy|retina\w*|macula\w*|optic": (
-        "flame-shaped hemorrhages", "swelling of the optic disc", "drusen in the macula",
+        "are flame-shaped hemorrhages", "is swelling of the optic disc", "are drusen in the macula",
     ),
 }  # fmt: skip
 
@@ -184,7 +184,7 @@ def _invent_finding(think: str, rng: random.Random, answer: str, options: Sequen
             sentence = sentences[seen]
             body = sentence.rstrip()
             space = sentence[len(body) :]
-            edits.append((seen, f"{body} There is also {invention.format(side=side)}.{space}"))
+            edits.append((seen, f"{body} There {invention.format(side=side)}.{space}"))
     if not edits:
         return None
     i, after = rng.choice(edits)
@@ -272,10 +272,12 @@ def _swap_sides(text: str) -> str:
             return _like(word, SIDES[word.lower()]) if _is_side(text, match) else word
         if word.lower() in PEERS:
             return _like(word if word != "RML" else "", PEERS[word.lower()])
-        return "LR"["RL".index(word[0])] + word[1:]
+        return "LR"["RL".index(word[0])] + word[1:]  # of RLL, LUQ, R-sided
 
     peers = "|".join(PEERS)
-    return re.sub(rf"\b(?:(?i:{peers})\b|[LR][UL][LQ]\b|(?i:left|right)(?:\b|(?=wards?\b)))", swap, text)
+    return re.sub(
+        rf"\b(?:(?i:{peers})\b|[LR][UL][LQ]\b|[LR](?=-sided\b)|(?i:left|right)(?:\b|(?=wards?\b)))", swap, text
+    )
 
 
 def _is_side(text: str, match: re.Match) -> bool:
@@ -286,11 +288,15 @@ def _is_side(text: str, match: re.Match) -> bool:
         return False  # both sides alike: swapped, it would say the same
     if re.search(rf"\b{other}(?:\s+(?:and|or|to)\s+(?:the\s+)?|\s*/\s*|-to-)$", before, re.I):
         return False
-    if re.match(r"wards?\b|[- ]sided?\b", after, re.I):
+    if re.match(r"wards?\b|[- ]sided?\b|\s+of\s+(?:the\s+)?midline\b", after, re.I):
         return True
+    if re.match(r"\s+ones?\b", after, re.I) and re.search(
+        rf"\b{other}\s+(?:[\w-]+\s+)?{PLACE}\b[^.!?]*$", before, re.I
+    ):
+        return True  # "the right kidney is small, the left one is not"
     if re.search(r"\b(?:he|she|they|we|who|surgeons?)\s+$", before, re.I):
         return False  # a verb
-    if re.search(r"\b(?:on|to|towards?|from|than|at)\s+(?:the\s+|his\s+|her\s+)?$", before, re.I) and re.match(
+    if re.search(r"\b(?:on|in|to|towards?|from|than|at)\s+(?:the\s+|his\s+|her\s+)?$", before, re.I) and re.match(
         r"\s*(?:[.,;:)!?]|$)|\s+(?:is|are|was|were|and|than|with|shows?|there|but|where|which|in|of)\b", after
     ):
         return True

@@ -95,7 +95,8 @@ def print_report(report: Row, console: Console | None = None) -> None:
     """Print the tables."""
     console = console or Console()
     for section in sections(report):
-        table = Table(title=escape(section.title), title_justify="left", caption=escape(section.note) or None)
+        table = Table(title=escape(section.title), caption=escape(section.note) or None)
+        table.title_justify = table.caption_justify = "left"
         for i, column in enumerate(section.columns):
             table.add_column(escape(column), justify="right" if i else "left", overflow="fold")
         for row in section.rows:

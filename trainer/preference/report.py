@@ -55,7 +55,7 @@ def read_labels(path: Path, places: set[Place]) -> dict[str, dict[str, dict[Plac
 
 def count_steps(inputs: Inputs, pairs: Sequence[Record], left_out: Iterable[Row]) -> Row:
     """How many rows each step had, and what became of the answers."""
-    with_pairs = {record.meta.get("case") for record in pairs}
+    with_pairs = {str(record.meta.get("case")) for record in pairs}
     answered = {sample.case for sample in inputs.samples}
     per_judge = {}
     for judge, judgements in by_judge(inputs.judgements).items():
@@ -211,12 +211,11 @@ def examples(pairs: Sequence[Record], num: int, seed: int, redact: bool, window:
 
 def _example(record: Record, redact: bool, window: Window) -> Row:
     meta = record.meta
-    given = meta.get("scores") or {}
     shown = {
         "case": meta.get("case"),
         "criterion": meta.get("criterion"),
         "kind": meta.get("kind"),
-        "scores": {side: given.get(side) or {} for side in ("chosen", "rejected")},
+        "scores": {side: _stated_scores(meta, side) for side in ("chosen", "rejected")},
         "characters": {side: len(answer_text(record, i)) for i, side in enumerate(("chosen", "rejected"))},
         "num_images": len(record.images),
     }
@@ -228,6 +227,17 @@ def _example(record: Record, redact: bool, window: Window) -> Row:
         "chosen": answer_text(record, 0),
         "rejected": answer_text(record, 1),
         "images": [_thumbnail(image, window) for image in record.images],
+    }
+
+
+def _stated_scores(meta: Mapping[str, Any], side: str) -> dict[str, float]:
+    """What a row says that one answer scored; rows of other makers may say anything under `meta`, or nothing."""
+    given = meta.get("scores")
+    given = given.get(side) if isinstance(given, dict) else None
+    return {
+        name: score
+        for name, score in (given if isinstance(given, dict) else {}).items()
+        if isinstance(score, int | float)
     }
 
 
