@@ -120,6 +120,10 @@ def test_a_chosen_answer_is_right_well_formed_and_above_the_floor_where_it_was_j
         assert outcome([other, bad])[0] == []
     assert outcome([scored(0, True, (5, 3, 5, None)), bad], floor=3)[0] == [(0, 9, "logical_consistency", "wrong")]
     assert outcome([scored(0, True, (None,) * 4), bad])[1][0] == "unjudged"
+    assert outcome([scored(0, True, (5, None, None, None)), scored(1, False, (None, 1, 1, 1))])[1] == {
+        0: "good: no worse answer to set it against",
+        1: "rejected: no criterion was judged in it and in a good answer",
+    }
 
 
 def test_of_equal_partners_the_nearest_in_length_is_chosen():

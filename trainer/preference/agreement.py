@@ -3,15 +3,15 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-import krippendorff
 import numpy as np
-from statsmodels.stats.inter_rater import cohens_kappa, fleiss_kappa
 
 from mede2.trainer.preference.rubric import SCORES
+from mede2.trainer.preference.scored import Place
 
-NUM_RESAMPLES = 1000
-Place = tuple[str, int]  # an answer: its case and its number; answers of one case are not independent of each other
+NUM_RESAMPLES = 500
+PACKAGES = ("krippendorff", "statsmodels")  # imported where they are used: they are an extra, and slow to import
 Ratings = Mapping[str, Mapping[Place, float]]  # rater -> answer -> score
 
 
@@ -29,8 +29,17 @@ class Estimate:
     num: int
 
 
+def check_packages() -> None:
+    """Raise ValueError if what computes the figures is not installed."""
+    for name in PACKAGES:
+        if find_spec(name) is None:
+            raise ValueError(f"{name}: the package is not installed; pip install 'mede2[agreement]'")
+
+
 def cohen(first: Mapping[Place, int], second: Mapping[Place, int], seed: int = 0) -> Estimate:
     """Cohen's kappa of two raters over the answers that both scored, quadratic weights (Cohen 1968)."""
+    from statsmodels.stats.inter_rater import cohens_kappa
+
     places = sorted(first.keys() & second.keys())
     cells = np.array([(first[place] - 1) * len(SCORES) + second[place] - 1 for place in places], dtype=int)
     indicators = np.eye(len(SCORES) ** 2)[cells]  # (answers, 25); their sum is the table of the two
@@ -44,6 +53,8 @@ def cohen(first: Mapping[Place, int], second: Mapping[Place, int], seed: int = 0
 
 def fleiss(ratings: Ratings, seed: int = 0) -> Estimate:
     """Fleiss' kappa (Fleiss 1971), nominal, over the answers that every rater scored."""
+    from statsmodels.stats.inter_rater import fleiss_kappa
+
     places = sorted(set.intersection(*(set(scores) for scores in ratings.values())))
     return bootstrap(fleiss_kappa, _counts(ratings, places, SCORES), [case for case, _ in places], seed)
 
@@ -51,6 +62,8 @@ def fleiss(ratings: Ratings, seed: int = 0) -> Estimate:
 def alpha(ratings: Ratings, seed: int = 0) -> Estimate:
     """Krippendorff's alpha (Krippendorff 2011), ordinal, over the answers with two scores or more. Scores need not be
     whole."""
+    import krippendorff
+
     num_scores = Counter(place for scores in ratings.values() for place in scores)
     places = sorted(place for place, num in num_scores.items() if num > 1)
     domain = sorted({*SCORES, *(score for scores in ratings.values() for score in scores.values())})

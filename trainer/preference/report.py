@@ -16,11 +16,12 @@ import numpy as np
 from mede2.trainer.data.images import Window, load_image
 from mede2.trainer.data.records import BadRow, Record, read_records
 from mede2.trainer.files import write_json, write_text
-from mede2.trainer.preference.agreement import Place, Ratings, alpha, bootstrap, cohen, fleiss
+from mede2.trainer.preference.agreement import Ratings, alpha, bootstrap, check_packages, cohen, fleiss
 from mede2.trainer.preference.judgements import Judgement
+from mede2.trainer.preference.progress import Progress
 from mede2.trainer.preference.rows import Row, read_rows
 from mede2.trainer.preference.rubric import CRITERIA, DEFAULT, SCORES, read_rubric
-from mede2.trainer.preference.scored import Inputs, read_inputs, scores
+from mede2.trainer.preference.scored import Inputs, Place, read_inputs, scores
 from mede2.trainer.preference.select import left_out_file
 from mede2.trainer.settings import ENHANCE
 
@@ -165,15 +166,17 @@ def agreement(judgements: Sequence[Judgement], labels: Mapping[str, Mapping[str,
     """By criterion {figure: estimate}: Cohen's kappa of each two raters, Fleiss' kappa and Krippendorff's alpha of the
     judges, of the people and of all; combined judges, which need not give whole scores, with each person by alpha."""
     found = {}
-    for criterion in CRITERIA:
-        judges, combined = {}, {}
-        for judge, rows in by_judge(judgements).items():
-            given = {(row.case, row.sample): scores(row).get(criterion) for row in rows if row.order == 0}
-            given = {place: score for place, score in given.items() if score is not None}
-            if given:
-                (judges if rows[0].counted is None else combined)[judge] = given
-        people = {rater: mine[criterion] for rater, mine in labels.items() if criterion in mine}
-        found[criterion] = {name: asdict(one) for name, one in _figures(judges, combined, people, seed)}
+    with Progress("agreement on criteria", len(CRITERIA)) as progress:
+        for criterion in CRITERIA:
+            judges, combined = {}, {}
+            for judge, rows in by_judge(judgements).items():
+                given = {(row.case, row.sample): scores(row).get(criterion) for row in rows if row.order == 0}
+                given = {place: score for place, score in given.items() if score is not None}
+                if given:
+                    (judges if rows[0].counted is None else combined)[judge] = given
+            people = {rater: mine[criterion] for rater, mine in labels.items() if criterion in mine}
+            found[criterion] = {name: asdict(one) for name, one in _figures(judges, combined, people, seed)}
+            progress.advance()
     return found
 
 
@@ -312,6 +315,7 @@ def command(
     from mede2.trainer.preference.page import page, print_report
     from mede2.trainer.preference.sample import parse_window
 
+    check_packages()
     window = parse_window(grey_window)
     inputs = read_inputs(cases, samples, judgements)
     labels = read_labels(Path(human), {sample.place for sample in inputs.samples}) if human else {}

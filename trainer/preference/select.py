@@ -45,7 +45,7 @@ class Policy:
         None,
         "share of the pairs whose rejected answer is correct and badly reasoned, kept to within one pair; what is too "
         "much of either kind is left out; null takes them as they come",
-    )  # fmt: skip
+    )
     length_ratio: float = _setting(1.5, "the longer answer of a pair has at most this many times the other's length")
     length_unit: str = _setting("tokens", "tokens or characters")
     similarity: float = _setting(0.95, "answers that share this much of their three-word shingles are near-duplicates")
@@ -172,12 +172,14 @@ def _candidates(case: str, answers: Sequence[Scored], policy: Policy) -> tuple[l
     pairs = []
     for rejected in (scored for scored in usable if not good(scored, policy)):
         partners = [(*_gap(scored, rejected, policy), scored) for scored in chosen]
-        wide = [partner for partner in partners if partner[1] >= policy.min_gap]
+        judged = [partner for partner in partners if partner[1] > -math.inf]
+        wide = [partner for partner in judged if partner[1] >= policy.min_gap]
         matched = [partner for partner in wide if _length_ratio(partner[2], rejected, policy) <= policy.length_ratio]
         unlike = [partner for partner in matched if not _alike(partner[2], rejected, policy)]
         if not unlike:
             reasons[rejected.answer.sample] = "rejected: " + (
                 "no good answer of its case" if not partners
+                else "no criterion was judged in it and in a good answer" if not judged
                 else "a tie with every good answer on the criteria" if not wide
                 else "no good answer of like length" if not matched
                 else "a near-duplicate of the good answer"
@@ -205,9 +207,9 @@ def _allot(candidates: Mapping[str, Sequence[Pair]], policy: Policy) -> list[Pai
     """
     if policy.hard_share is None:
         return [pair for found in candidates.values() for pair in found[: policy.pairs_per_case]]
-    rank = {case: i for i, case in enumerate(sorted(candidates))}
-    shuffled = list(rank.values())
-    random.Random(policy.seed).shuffle(shuffled)
+    order = sorted(candidates)
+    random.Random(policy.seed).shuffle(order)
+    rank = {case: i for i, case in enumerate(order)}
     waiting = {
         kind: {case: [pair for pair in found if pair.kind == kind][::-1] for case, found in candidates.items()}
         for kind in KINDS
@@ -216,7 +218,7 @@ def _allot(candidates: Mapping[str, Sequence[Pair]], policy: Policy) -> list[Pai
     for case, found in candidates.items():
         kinds = {pair.kind for pair in found}
         for kind in kinds:
-            heapq.heappush(heaps[kind], (0, len(kinds), shuffled[rank[case]], case))
+            heapq.heappush(heaps[kind], (0, len(kinds), rank[case], case))
     taken: dict[str, list[Pair]] = defaultdict(list)
     counts = Counter()
     while True:
@@ -348,8 +350,8 @@ def command(cases: str, samples: str, judgements: str, output: str, policy_file:
         )
         for pair in pairs
     ]
-    write_rows(target, rows)
     write_rows(left_out_file(target), map(dataclasses.asdict, left_out))
+    write_rows(target, rows)
     print_outcome(Counter(pair.kind for pair in pairs), Counter(row.reason for row in left_out), output)
     if policy.hard_share is not None:
         spared = sum(row.reason.startswith("rejected: hard_share") for row in left_out)
