@@ -101,7 +101,12 @@ def corrupt(
     return pairs, left_out
 
 
-@click.command(help=__doc__, epilog="\b\nSettings of a policy (those of chosen answers count here):\n" + policy_help())
+@click.command(
+    "corrupt",
+    help=__doc__,
+    short_help="Good answers spoiled along one criterion, for ablations.",
+    epilog="\b\nSettings of a policy (those of chosen answers count here):\n" + policy_help(),
+)
 @click.option("--cases", required=True, metavar="FILE")
 @click.option("--samples", required=True, metavar="FILE")
 @click.option("--judgements", required=True, metavar="FILE")

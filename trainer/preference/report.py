@@ -293,7 +293,7 @@ def make_report(
     }
 
 
-@click.command(help=__doc__)
+@click.command("report", help=__doc__, short_help="Figures, biases, agreement and pairs to read, on one page.")
 @click.option("--cases", required=True, metavar="FILE")
 @click.option("--samples", required=True, metavar="FILE")
 @click.option("--judgements", required=True, metavar="FILE")

@@ -326,7 +326,12 @@ def policy_help() -> str:
     return "\n".join(f"  {item.name}={json.dumps(item.default)}  {item.metadata['help']}" for item in fields)
 
 
-@click.command(help=__doc__, epilog="\b\nSettings of a policy, with their defaults:\n" + policy_help())
+@click.command(
+    "select",
+    help=__doc__,
+    short_help="Pairs from judged answers by a stated policy.",
+    epilog="\b\nSettings of a policy, with their defaults:\n" + policy_help(),
+)
 @click.option("--cases", required=True, metavar="FILE")
 @click.option("--samples", required=True, metavar="FILE")
 @click.option("--judgements", required=True, metavar="FILE")
