@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_what_may_be_asked_again_is_asked_again_and_when_the_server_says(chat_se
     ]
     assert ask(server.url, demo_cases).text == "yes"
     times = [at for at, _ in server.requests]
-    waits = [after - before for before, after in zip(times, times[1:], strict=False)]
+    waits = [after - before for before, after in itertools.pairwise(times)]
     assert len(server.completed) == 1
     assert len(waits) == 4
     assert 0.1 <= waits[2] < 1.4  # of its own accord it waits 1.5 to 2 s the third time
@@ -104,7 +105,7 @@ def test_what_cannot_be_answered_is_told_in_a_line(chat_server, fault, demo_case
 
 
 def test_an_answer_withheld_is_refused(chat_server, demo_cases):
-    with pytest.raises(Refused, match="withholds its answer .content_filter"):
+    with pytest.raises(Refused, match=r"withholds its answer \(content_filter"):
         ask(chat_server(lambda body: "", finish="content_filter").url, demo_cases)
 
 
