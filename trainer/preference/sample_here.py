@@ -81,7 +81,7 @@ def _answer(generator: Generator, batch: list[Job], settings: Row) -> list[Row]:
     pictures = {image: load_image(image, settings["grey_window"]) for image in files}
     try:
         generations = generator(
-            [_with_pictures(job.prompt, [pictures[image] for image in job.case.images]) for job in batch],
+            [with_pictures(job.prompt, [pictures[image] for image in job.case.images]) for job in batch],
             seeds=[job.seed for job in batch],
             **{name: settings[name] for name in ("temperature", "top_p", "max_tokens")},
         )
@@ -94,7 +94,7 @@ def _answer(generator: Generator, batch: list[Job], settings: Row) -> list[Row]:
     ]
 
 
-def _with_pictures(prompt: Sequence[Message], pictures: list) -> list[Message]:
+def with_pictures(prompt: Sequence[Message], pictures: list) -> list[Message]:
     """The messages with each picture in its placeholder."""
     remaining = iter(pictures)
     return [
