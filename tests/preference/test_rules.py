@@ -102,6 +102,9 @@ def test_no_hallucination_asks_whether_what_is_asserted_is_shown(think, score):
         ("Therefore the answer is (D).", "carcinoma", 5),
         ("A mass, a smoker. Carcinoma.", "carcinoma", 5),  # the last sentence names one option
         ("Not a cyst, so carcinoma.", "carcinoma", 5),
+        ("Carcinoma is the most likely diagnosis.", "carcinoma", 5),
+        ("A cyst is unlikely, so carcinoma.", "carcinoma", 5),
+        ("A cyst is therefore unlikely.", "carcinoma", None),
         ("So a cyst. Wait, a mass is no cyst, so carcinoma.", "carcinoma", 5),
         ("So a lung abscess. The most likely diagnosis is carcinoma.", "carcinoma", 3),
         ("So this is carcinoma.", "cyst", 1),
@@ -226,6 +229,13 @@ def test_a_word_that_names_an_option_is_no_finding():
          [("nodule", "left upper", ASSERTED), ("nodule", "lower right", ASSERTED)]),
         ("Bilateral nodules are possible.", [("nodule", "left", POSSIBLE), ("nodule", "right", POSSIBLE)]),
         ("No other mass.", []),
+        ("Unlike a mass, this nodule on the left isn't a cavity.",
+         [("mass", "", DENIED), ("nodule", "left", ASSERTED), ("cavity", "left", DENIED)]),
+        ("I don’t see a mass, and the left lung shows a nodule.",
+         [("mass", "", DENIED), ("nodule", "left", ASSERTED)]),
+        ("A cavity is unlikely.", [("cavity", "", DENIED)]),
+        ("A nodule, left upper zone.", [("nodule", "left upper", ASSERTED)]),
+        ("A left-sided nodule with a cavity", [("nodule", "left", ASSERTED), ("cavity", "left", ASSERTED)]),
         ("In the left upper zone, a 2.5 cm mass is seen.", [("mass", "left upper", ASSERTED)]),
     ],
 )  # fmt: skip
