@@ -231,7 +231,7 @@ def test_a_word_that_names_an_option_is_no_finding():
         ("No other mass.", []),
         ("Unlike a mass, this nodule on the left isn't a cavity.",
          [("mass", "", DENIED), ("nodule", "left", ASSERTED), ("cavity", "left", DENIED)]),
-        ("I don’t see a mass, and the left lung shows a nodule.",
+        ("I don\u2019t see a mass, and the left lung shows a nodule.",
          [("mass", "", DENIED), ("nodule", "left", ASSERTED)]),
         ("A cavity is unlikely.", [("cavity", "", DENIED)]),
         ("A nodule, left upper zone.", [("nodule", "left upper", ASSERTED)]),
