@@ -91,7 +91,7 @@ def test_what_cannot_be_answered_is_told_in_a_line(chat_server, fault, demo_case
         (fault(404), ValueError, "answers 404"),
         (fault(500), ValueError, "answers 500"),
         (fault(cut=100), ValueError, "cannot be reached"),
-        (fault(delay_s=1.0), ValueError, "cannot be reached"),
+        (fault(delay_s=1.0), ValueError, "did not answer within --timeout-s"),
         (fault(body=b'{"choices": [{"mess'), ValueError, "no chat completion"),
         (fault(body=b"<html>", headers={"Content-Type": "text/html"}), ValueError, "no chat completion: <html>"),
         (fault(body=b"{}"), ValueError, "no chat completion"),
@@ -104,9 +104,11 @@ def test_what_cannot_be_answered_is_told_in_a_line(chat_server, fault, demo_case
         assert "\n" not in str(error.value)
 
 
-def test_an_answer_withheld_is_refused(chat_server, demo_cases):
+def test_an_answer_withheld_or_no_text_is_refused(chat_server, demo_cases):
     with pytest.raises(Refused, match=r"withholds its answer \(content_filter"):
         ask(chat_server(lambda body: "", finish="content_filter").url, demo_cases)
+    with pytest.raises(Refused, match="not valid Unicode"):
+        ask(chat_server(lambda body: "\ud800").url, demo_cases)
 
 
 def test_images_do_not_leave_without_leave(chat_server, fault, demo_cases):

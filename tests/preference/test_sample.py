@@ -1,5 +1,6 @@
 """`sample` as users run it: from a server that fails and a command that is killed, and from the demo's model here."""
 
+import itertools
 import json
 import math
 import re
@@ -214,6 +215,22 @@ def test_answers_of_a_batch_are_those_of_one_by_one(generator, conversations):
     assert all(answer.finish == "stop" or answer.num_tokens == 40 for answer in together)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl3"])
+def test_every_familys_batches_are_one_by_one_too(family, family_folders, write_image, tmp_path):
+    """Untrained, with several images, with none, and of unequal sizes."""
+    generator = Generator(family_folders[family], dtype=torch.float32, device="cpu")
+    images = [load_image(write_image(tmp_path / f"{i}.png", 48 + 48 * i, 32 + 32 * i, seed=i)) for i in range(2)]
+    shown = [([0], "Which?"), ([1, 0], "What is it, then, mass or nodule?"), ([], "Hm"), ([1], "x")]
+    conversations = [
+        [{"role": "user", "content": [*({"type": "image", "image": images[i]} for i in those),
+                                      {"type": "text", "text": text}]}]
+        for those, text in shown
+    ]  # fmt: skip
+    together = generator(conversations, max_tokens=16)
+    assert together == [generator([conversation], max_tokens=16)[0] for conversation in conversations]
+    assert len({answer.text for answer in together}) > 1
+
+
 def test_a_drawn_answer_depends_on_its_own_seed_alone(generator, conversations):
     def draw(order: list[int], seeds: list[int]) -> dict[tuple[int, int], str]:
         drawn = generator([conversations[i] for i in order], max_tokens=40, temperature=1.5, top_p=0.95, seeds=seeds)
@@ -225,15 +242,18 @@ def test_a_drawn_answer_depends_on_its_own_seed_alone(generator, conversations):
 
 
 def test_draws_follow_the_distribution():
-    """20,000 rows, each with its own seed, of one known distribution: within five standard deviations, and never a
-    token of probability 0 (as top-p leaves them), be it first, in the middle or last."""
+    """20,000 rows, each with its own seed, of one known distribution: within five standard deviations, the second draw
+    independent of the first, and never a token of probability 0 (as top-p leaves them), not even for the number 0."""
     probabilities, num = [0.0, 0.5, 0.0, 0.2, 0.3, 0.0], 20_000
     scores = torch.tensor(probabilities).log().expand(num, -1)
-    drawn = Draw(range(num), width=3, max_tokens=2)(torch.zeros(num, 4, dtype=torch.long), scores)
-    assert torch.equal(drawn.isfinite().sum(-1), torch.ones(num, dtype=torch.long))
-    counts = torch.bincount(drawn.argmax(-1), minlength=6).tolist()
-    for count, probability in zip(counts, probabilities, strict=True):
-        assert abs(count - num * probability) <= 5 * math.sqrt(num * probability * (1 - probability))
+    draw = Draw(range(num), width=3, max_tokens=2)
+    first, second = (draw(torch.zeros(num, 3 + step, dtype=torch.long), scores) for step in range(2))
+    assert torch.equal(first.isfinite().sum(-1), torch.ones(num, dtype=torch.long))
+    both = torch.bincount(6 * first.argmax(-1) + second.argmax(-1), minlength=36).tolist()
+    for count, (one, other) in zip(both, itertools.product(probabilities, repeat=2), strict=True):
+        assert abs(count - num * one * other) <= 5 * math.sqrt(num * one * other * (1 - one * other))
+    draw.uniform.zero_()
+    assert set(draw(torch.zeros(num, 3, dtype=torch.long), scores).argmax(-1).tolist()) == {1}
 
 
 def test_a_prompt_that_leaves_no_room_is_told(generator, conversations):
