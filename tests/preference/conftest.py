@@ -135,17 +135,24 @@ def pairs():
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TRITON_INTERPRET", "OPENAI_API_KEY")
     base = {name: value for name, value in os.environ.items() if name not in left_out} | {"HF_HUB_OFFLINE": "1"}
 
-    def run(*arguments: str, wait: bool = True, launcher: tuple[str, ...] = (sys.executable,), **environment: str):
+    started = []
+
+    def run(*arguments: str, wait: bool = True, **environment: str):
         process = subprocess.Popen(
-            [*launcher, str(ROOT / "launch/pairs.py"), *arguments], cwd=ROOT, env=base | environment, text=True,
+            [sys.executable, str(ROOT / "launch/pairs.py"), *arguments], cwd=ROOT, env=base | environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        started.append(process)
         if not wait:
             return process
         output, _ = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
-    return run
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mede2.trainer.preference.cases import read_cases
+from mede2.trainer.preference.cases import FORMAT, read_cases, with_system
 
 GOOD = {"id": "a", "prompt": [{"role": "user", "content": "Which?"}], "answer": "mass"}
 
@@ -47,3 +47,13 @@ def test_the_demos_cases_are_cases(demo_cases):
     places = {place for case in cases for place in case.meta["findings"]}
     assert places <= {f"{side} {level}" for side in ("left", "right") for level in ("upper", "middle", "lower")}
     assert all(f"{kind} {place}" in case.explanation for case in cases for place, kind in case.meta["findings"].items())
+
+
+def test_a_system_message_goes_first_and_never_over_another(tmp_path, write_rows):
+    own = {"role": "system", "content": "You read films."}
+    rows = [GOOD, GOOD | {"id": "b", "prompt": [own, *GOOD["prompt"]]}]
+    plain, with_own = read_cases(write_rows(tmp_path / "cases.jsonl", rows))
+    told = with_system(plain, FORMAT)
+    assert told == ({"role": "system", "content": [{"type": "text", "text": FORMAT}]}, *plain.prompt)
+    with pytest.raises(ValueError, match=r"cases.jsonl:2: prompt: has a system message of its own"):
+        with_system(with_own, FORMAT)

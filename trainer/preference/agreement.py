@@ -33,7 +33,7 @@ def check_packages() -> None:
     """Raise ValueError if what computes the figures is not installed."""
     for name in PACKAGES:
         if find_spec(name) is None:
-            raise ValueError(f"{name}: the package is not installed; pip install 'mede2[agreement]'")
+            raise ValueError(f"{name}: the package is not installed; pip install 'mede2[pairs]'")
 
 
 def cohen(first: Mapping[Place, int], second: Mapping[Place, int], seed: int = 0) -> Estimate:

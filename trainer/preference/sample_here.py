@@ -17,6 +17,8 @@ from mede2.trainer.preference.rows import Row
 from mede2.trainer.preference.sample import Job, write_samples
 from mede2.trainer.world import World, join_world
 
+PATIENCE_MINUTES = 7 * 24 * 60  # for a rank whose answers are longer; what was made is journalled, whatever happens
+
 
 def sample_here(
     jobs: Sequence[Job], output: Path, model: str, settings: Row, batch_size: int, max_pixels: int | None
@@ -27,7 +29,7 @@ def sample_here(
     as one: so neither ranks nor a stop change even the rounding of an answer.
     """
     quiet_transformers()
-    world = join_world()
+    world = join_world(PATIENCE_MINUTES)
     folder = world.on_main(lambda: locate_model(model))
     settings = settings | {
         "dtype": "bfloat16" if world.device.type == "cuda" else "float32",
@@ -81,7 +83,7 @@ def _answer(generator: Generator, batch: list[Job], settings: Row) -> list[Row]:
     pictures = {image: load_image(image, settings["grey_window"]) for image in files}
     try:
         generations = generator(
-            [_with_pictures(job.prompt, [pictures[image] for image in job.case.images]) for job in batch],
+            [with_pictures(job.prompt, [pictures[image] for image in job.case.images]) for job in batch],
             seeds=[job.seed for job in batch],
             **{name: settings[name] for name in ("temperature", "top_p", "max_tokens")},
         )
@@ -94,7 +96,7 @@ def _answer(generator: Generator, batch: list[Job], settings: Row) -> list[Row]:
     ]
 
 
-def _with_pictures(prompt: Sequence[Message], pictures: list) -> list[Message]:
+def with_pictures(prompt: Sequence[Message], pictures: list) -> list[Message]:
     """The messages with each picture in its placeholder."""
     remaining = iter(pictures)
     return [
