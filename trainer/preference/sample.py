@@ -18,6 +18,7 @@ from mede2.trainer.preference.rows import Row, write_rows
 
 LOCAL_OPTIONS = ("batch_size", "max_pixels")
 SERVER_OPTIONS = ("api_key_variable", "served_as", "concurrency", "max_retries", "timeout_s", "allow_remote_images")
+PATIENCE_MINUTES = 7 * 24 * 60  # that ranks wait for one whose answers are longer
 SEEDS = 2**31  # servers take 32 bits, some of them signed
 ANSWER = ("text", "finish", "num_tokens")  # what is journalled of an answer, beside its key
 
@@ -133,8 +134,12 @@ def command(
         _ask_server(jobs, Path(output), model, base_url, settings, **options)
     else:
         from mede2.trainer.preference.sample_here import sample_here
+        from mede2.trainer.world import join_world
 
-        sample_here(jobs, Path(output), model, settings, options["batch_size"], options["max_pixels"])
+        world = join_world(PATIENCE_MINUTES)
+        limits = {name: options[name] for name in LOCAL_OPTIONS}
+        sample_here(jobs, Path(output), model, settings, **limits, world=world)
+        world.leave()
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"{len(jobs)} answers to {len(jobs) // num} cases in {output}")
 
