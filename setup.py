@@ -20,6 +20,7 @@ setup(
         "mede2.trainer.data": "trainer/data",
         "mede2.trainer.demo": "trainer/demo",
         "mede2.trainer.evaluation": "trainer/evaluation",
+        "mede2.trainer.preference": "trainer/preference",
         "mede2.kernels": "kernels",
     },
     packages=[
@@ -27,9 +28,13 @@ setup(
         "mede2.trainer.data",
         "mede2.trainer.demo",
         "mede2.trainer.evaluation",
+        "mede2.trainer.preference",
         "mede2.kernels",
     ],
-    package_data={"mede2.trainer.demo": ["*.yaml", "base/*"]},
+    package_data={
+        "mede2.trainer.demo": ["*.yaml", "base/*"],
+        "mede2.trainer.preference": ["rubric.yaml", "report.html.jinja"],
+    },
     install_requires=[
         "torch==2.13.0",
         "triton==3.7.1; platform_system == 'Linux'",
@@ -50,15 +55,11 @@ setup(
     extras_require={
         "cuda": ["flash-attn>=2.8,<3"],
         "watch": ["wandb>=0.22,<1"],
-        "serve": ["openai>=2,<3"],
+        "pairs": ["openai>=2,<3", "krippendorff>=0.8,<1", "statsmodels>=0.14.5,<1"],
         "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "matplotlib>=3.10,<4", "trl==1.16.0"],
         "test": [
-            "hypothesis>=6,<7",
-            "pytest>=8,<10",
-            "pytest-timeout>=2.4,<3",
-            "ruff>=0.14,<1",
-            "trl==1.16.0",
-            "wandb>=0.22,<1",
-        ],
+            "hypothesis>=6,<7", "pytest>=8,<10", "pytest-timeout>=2.4,<3", "ruff>=0.14,<1", "trl==1.16.0",
+            "wandb>=0.22,<1", "openai>=2,<3", "krippendorff>=0.8,<1", "statsmodels>=0.14.5,<1",
+        ],  # fmt: skip
     },
 )

@@ -99,20 +99,15 @@ def parse_record(line: str, source: str, folder: Path, stage: int) -> Record:
         raise BadRow(source, f"{', '.join(missing)}: missing{hint}")
     if unknown := sorted(row.keys() - wanted - OPTIONAL_KEYS):
         raise BadRow(source, f"{', '.join(unknown)}: unknown; put what is not for training under `meta`")
-    meta, images = row.get("meta") or {}, row.get("images") or []
+    meta = row.get("meta") or {}
     check(isinstance(meta, dict), f"meta: a JSON object, not {type(meta).__name__}")
-    check(
-        isinstance(images, list) and all(isinstance(image, str) and image for image in images),
-        "images: a list of paths",
-    )
 
     if stage == ELICIT:
         messages = _messages(source, "messages", row["messages"])
         check(messages[-1]["role"] == "assistant", "messages: the last one must be the assistant's")
         conversations, num_prompt_messages = (messages,), 0
     else:
-        prompt = _messages(source, "prompt", row["prompt"])
-        check(prompt[-1]["role"] == "user", "prompt: the last message must be the user's")
+        prompt = parse_prompt(source, row["prompt"])
         answers = []
         for name in ("chosen", "rejected"):
             answer = _messages(source, name, row[name], first_role="assistant")
@@ -121,9 +116,27 @@ def parse_record(line: str, source: str, folder: Path, stage: int) -> Record:
         check(answers[0] != answers[1], "chosen and rejected are the same text: no preference to learn")
         conversations, num_prompt_messages = tuple(prompt + answer for answer in answers), len(prompt)
 
-    placeholders = sum(part["type"] == "image" for message in conversations[0] for part in message["content"])
-    check(placeholders == len(images), f"images: {len(images)} paths for {placeholders} image placeholders")
-    return Record(source, conversations, num_prompt_messages, tuple(folder / image for image in images), meta)
+    images = parse_images(source, row.get("images"), conversations[0], folder)
+    return Record(source, conversations, num_prompt_messages, images, meta)
+
+
+def parse_prompt(source: str, value: Any) -> tuple[Message, ...]:
+    """The messages that an answer follows, or the BadRow that they are."""
+    prompt = _messages(source, "prompt", value)
+    if prompt[-1]["role"] != "user":
+        raise BadRow(source, "prompt: the last message must be the user's")
+    return prompt
+
+
+def parse_images(source: str, value: Any, messages: tuple[Message, ...], folder: Path) -> tuple[Path, ...]:
+    """The files of the placeholders in `messages`, or the BadRow where they do not fit."""
+    images = value or []
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise BadRow(source, "images: a list of paths")
+    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if placeholders != len(images):
+        raise BadRow(source, f"images: {len(images)} paths for {placeholders} image placeholders")
+    return tuple(folder / image for image in images)
 
 
 def _messages(source: str, name: str, value: Any, first_role: str = "user") -> tuple[Message, ...]:
