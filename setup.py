@@ -20,6 +20,7 @@ setup(
         "mede2.trainer.data": "trainer/data",
         "mede2.trainer.demo": "trainer/demo",
         "mede2.trainer.evaluation": "trainer/evaluation",
+        "mede2.trainer.preference": "trainer/preference",
         "mede2.kernels": "kernels",
     },
     packages=[
@@ -27,6 +28,7 @@ setup(
         "mede2.trainer.data",
         "mede2.trainer.demo",
         "mede2.trainer.evaluation",
+        "mede2.trainer.preference",
         "mede2.kernels",
     ],
     package_data={"mede2.trainer.demo": ["*.yaml", "base/*"]},

@@ -26,7 +26,7 @@ def stage_command(stage: int) -> click.Command:
                 raise ValueError(f"{more_train[0]}: unexpected; training files follow --train")
             _run(stage, ds, recipe, assignments, train + more_train, dry_run, flags)
         except ValueError as error:
-            _fail(str(error))
+            fail(str(error))
 
     def flag(name: str) -> click.Option:
         metavar = METAVARS.get(name, "NUMBER")
@@ -97,7 +97,7 @@ def _number_or_text(name: str, text: str) -> int | float | str:
     return text
 
 
-def _fail(message: str) -> None:
+def fail(message: str) -> None:
     """Print one error and exit with 1. Rank 0 has the first word; when another rank is still there after a while, the
     fault is its own and it speaks itself."""
     if int(os.environ.get("RANK", "0")):

@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mede2.trainer.world import World
+if TYPE_CHECKING:  # torch takes seconds to import, and files have no need of it
+    from mede2.trainer.world import World
 
 
 def write_text(path: Path, text: str) -> None:
@@ -34,7 +35,7 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_weights(folder: Path, world: World) -> str:
+def hash_weights(folder: Path, world: "World") -> str:
     """sha256 over a model folder's config and safetensors files, which the ranks share out among them."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     share = {path.name: hash_file(path) for path in files[world.rank :: world.size]}

@@ -11,6 +11,7 @@ import numpy as np
 
 from mede2.trainer.demo.cases import CRITERIA, Case, case_seed, chain, corrupt, look, make_case, render
 from mede2.trainer.demo.phantoms import ZONES, Finding
+from mede2.trainer.evaluation.answers import parse_answer
 
 Row = dict[str, Any]
 REQUEST = "Think, then answer."
@@ -50,6 +51,29 @@ def write_stage2(folder: Path, num: int, seed: int) -> Path:
         for index, (case, criterion) in enumerate(zip(_cases("stage2", num, seed), cycle(CRITERION_CYCLE)))
     )
     return _write_rows(folder / "stage2.jsonl", rows)
+
+
+def write_cases(path: Path, num: int, seed: int, split: str) -> Path:
+    """Write `num` cases of a split as questions with their key and their findings (`preference.cases` reads them)."""
+    rows = (
+        {
+            "id": f"demo-{case.seed}",
+            "prompt": [{"role": "user", "content": image_question(case)}],
+            "images": [_save_image(path.parent, case, index)],
+            "answer": case.answer,
+            "options": list(case.options),
+            "explanation": parse_answer(chain(case)).think,
+            "meta": {
+                "specialty": "pulmonology",
+                "modality": "phantom",
+                "license": "Apache-2.0",
+                "findings": {f"{finding.side} {finding.level}": finding.kind for finding in case.findings},
+                "seed": case.seed,
+            },
+        }
+        for index, case in enumerate(_cases(split, num, seed))
+    )
+    return _write_rows(path, rows)
 
 
 def write_pretraining(folder: Path, num: int, seed: int) -> Path:

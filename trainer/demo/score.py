@@ -1,4 +1,4 @@
-"""Four rates of a model on unseen cases: answers right, well-formed, grounded, sound. Imports transformers."""
+"""Four rates of a model on unseen cases: answers right, well-formed, grounded, sound."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForImageTextToText
 
-from mede2.trainer.data.processing import load_processor
 from mede2.trainer.demo.cases import Case, read_chain, render
 from mede2.trainer.demo.records import image_question
 from mede2.trainer.evaluation.answers import parse_answer
+from mede2.trainer.evaluation.generation import Generator
 
 MAX_NEW_TOKENS = 80  # the longest chain has about 60
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
@@ -97,26 +96,15 @@ def summarize(verdicts: Iterator[Verdict]) -> Scores:
     return Scores(**{name: Rate(sum(getattr(verdict, name) for verdict in every), len(every)) for name in names})
 
 
-@torch.inference_mode()
 def generate(folder: Path, cases: Sequence[Case], batch_size: int = 100) -> list[str]:
     """Greedy generations, special tokens removed, in the order of `cases`."""
-    processor = load_processor(folder)
-    processor.tokenizer.padding_side = "left"  # the answers of a batch start in the same column
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    texts: list[str] = []
-    for start in range(0, len(cases), batch_size):
-        inputs = processor.apply_chat_template(
-            [_conversation(case) for case in cases[start : start + batch_size]],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
-        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, use_cache=True)
-        answers = output[:, inputs["input_ids"].shape[1] :]
-        texts += processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return texts
+    generator = Generator(folder, dtype=torch.float32, device="cpu")
+    batches = (cases[start : start + batch_size] for start in range(0, len(cases), batch_size))
+    return [
+        generation.text
+        for batch in batches
+        for generation in generator([_conversation(case) for case in batch], max_tokens=MAX_NEW_TOKENS)
+    ]
 
 
 def print_scores(scores: Mapping[str, Scores], console: Console | None = None) -> None:
