@@ -34,8 +34,10 @@ def test_pair_shares_its_prompt():
     row = {
         "prompt": prompt, "images": ["a.png", "/elsewhere/b.png"],
         "chosen": [{"role": "assistant", "content": "mass"}], "rejected": [{"role": "assistant", "content": "clear"}],
+        "id": "case-7",
     }  # fmt: skip
     record = parse(row, ENHANCE)
+    assert record.id == "case-7"
     chosen, rejected = record.conversations
     assert chosen[:2] == rejected[:2]
     assert (chosen[2]["content"][0]["text"], rejected[2]["content"][0]["text"]) == ("mass", "clear")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,10 @@ def parse_record(line: str, source: str, folder: Path, stage: int) -> Record:
         raise BadRow(source, f"{', '.join(missing)}: missing{hint}")
     if unknown := sorted(row.keys() - wanted - OPTIONAL_KEYS):
         raise BadRow(source, f"{', '.join(unknown)}: unknown; put what is not for training under `meta`")
-    meta, name = row.get("meta"), row.get("id")
+    meta, given_id = row.get("meta"), row.get("id")
     check(meta is None or isinstance(meta, dict), f"meta: a JSON object, not {type(meta).__name__}")
-    named = isinstance(name, (str, int)) and not isinstance(name, bool) and name != ""
-    check(name is None or named, f"id: text or a whole number, not {name!r:.60}")
+    named = isinstance(given_id, (str, int)) and not isinstance(given_id, bool) and given_id != ""
+    check(given_id is None or named, f"id: text or a whole number, not {given_id!r:.60}")
 
     if stage == ELICIT:
         messages = _messages(source, "messages", row["messages"])
@@ -127,11 +127,12 @@ def parse_record(line: str, source: str, folder: Path, stage: int) -> Record:
             answer = _messages(source, name, row[name], first_role="assistant")
             check(len(answer) == 1, f"{name}: one assistant message, not {len(answer)}")
             answers.append(answer)
-        check(_text(answers[0]) != _text(answers[1]), "chosen and rejected are the same text: no preference to learn")
+        chosen, rejected = map(text_of, answers)
+        check(chosen != rejected, "chosen and rejected are the same text: no preference to learn")
         conversations, num_prompt_messages = tuple(prompt + answer for answer in answers), len(prompt)
 
     images = parse_images(source, row.get("images"), conversations[0], folder)
-    return Record(source, conversations, num_prompt_messages, images, meta or {}, name)
+    return Record(source, conversations, num_prompt_messages, images, meta or {}, given_id)
 
 
 def parse_row(source: str, line: str) -> dict[str, Any]:
@@ -265,6 +266,6 @@ def _is_visible(text: str) -> bool:
     return any(character.isprintable() and character != " " for character in text)
 
 
-def _text(messages: tuple[Message, ...]) -> str:
+def text_of(messages: Iterable[Message]) -> str:
     """The text of messages, however it is cut into parts."""
     return "".join(part.get("text", "") for message in messages for part in message["content"])
