@@ -31,7 +31,7 @@ setup(
         "mede2.trainer.preference",
         "mede2.kernels",
     ],
-    package_data={"mede2.trainer.demo": ["*.yaml", "base/*"]},
+    package_data={"mede2.trainer.demo": ["*.yaml", "base/*"], "mede2.trainer.preference": ["rubric.yaml"]},
     install_requires=[
         "torch==2.13.0",
         "triton==3.7.1; platform_system == 'Linux'",

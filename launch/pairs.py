@@ -9,6 +9,7 @@ from mede2.trainer.commandline import fail
 COMMANDS = {  # each module has its click command under the name `command` and imports what is slow only when called
     "demo-cases": "demo_cases",
     "sample": "sample",
+    "judge": "judge",
     "check": "check",
     "demonstrations": "demonstrations",
 }

@@ -13,21 +13,6 @@ DAMAGE = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticEr
 """What Pillow's readers raise for damaged files: found by damaging files of every format that it writes."""
 
 
-def parse_window(text: str) -> tuple[float, float]:
-    """Read `LOW,HIGH`.
-
-    Raises:
-        ValueError: no two numbers, or the first not below the second.
-    """
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError as error:
-        raise ValueError(f"--grey-window {text}: two numbers, such as 0,4095") from error
-    if not low < high:
-        raise ValueError(f"--grey-window {text}: the first is to be the lower one")
-    return low, high
-
-
 def load_image(path: Path, grey_window: Window = None) -> Image.Image:
     """Decode one image as 8-bit RGB, turned upright as its EXIF orientation says.
 

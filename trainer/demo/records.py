@@ -9,7 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from mede2.trainer.demo.cases import CRITERIA, Case, case_seed, chain, corrupt, look, make_case, render
+from mede2.trainer.demo.cases import (
+    CRITERIA,
+    HISTORIES,
+    RULES,
+    Case,
+    case_seed,
+    chain,
+    corrupt,
+    look,
+    make_case,
+    render,
+)
 from mede2.trainer.demo.phantoms import ZONES, Finding
 from mede2.trainer.evaluation.answers import parse_answer
 
@@ -19,6 +30,11 @@ LICENSE = "Apache-2.0"  # of the pictures, drawn here
 SECTIONS = ("look", "zones", "count", "history", "options")  # what the base model learns to write: never a diagnosis
 SECTION_WEIGHTS = (0.9, 0.4, 0.5, 0.5, 0.2)  # how often each of SECTIONS is asked for
 CRITERION_CYCLE = ("logical_consistency",) * 7 + CRITERIA[1:]  # most negatives where Stage I errs most, in the logic
+CONCLUSIONS = {  # what a reasoning can arrive at, with the diagnosis that it then must give
+    f"{name} with {history}": diagnosis
+    for name, row in RULES.items()
+    for history, diagnosis in zip(HISTORIES, row, strict=True)
+}
 WORDS = sorted(set(re.findall(r"</?\w+>|\w+", " ".join(chain(make_case(seed)) for seed in range(500)))))  # of chains
 
 
@@ -64,17 +80,23 @@ def write_cases(path: Path, num: int, seed: int, split: str) -> Path:
             "answer": case.answer,
             "options": list(case.options),
             "explanation": parse_answer(chain(case)).think,
-            "meta": {
-                "specialty": "pulmonology",
-                "modality": "phantom",
-                "license": LICENSE,
-                "findings": {f"{finding.side} {finding.level}": finding.kind for finding in case.findings},
-                "seed": case.seed,
-            },
+            "meta": describe(case),
         }
         for index, case in enumerate(_cases(split, num, seed))
     )
     return _write_rows(path, rows)
+
+
+def describe(case: Case) -> Row:
+    """The `meta` of a case: what it is, what its picture shows, and which diagnosis follows from what."""
+    return {
+        "specialty": "pulmonology",
+        "modality": "phantom",
+        "license": LICENSE,
+        "findings": {f"{finding.side} {finding.level}": finding.kind for finding in case.findings},
+        "conclusions": CONCLUSIONS,
+        "seed": case.seed,
+    }
 
 
 def write_pretraining(folder: Path, num: int, seed: int) -> Path:

@@ -1,5 +1,6 @@
 """Check records before they are trained on: what the stages refuse, and what their author should know."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,12 @@ import numpy as np
 
 from mede2.trainer.data.dataset import Checked, check_rows
 from mede2.trainer.data.encoding import Encoder, Example, read_images
-from mede2.trainer.data.images import Window, load_image, parse_window
+from mede2.trainer.data.images import Window, load_image
 from mede2.trainer.data.records import Record, text_of
 from mede2.trainer.data.remarks import Remark, compare, normalized
 from mede2.trainer.preference.duplicates import ALIKE_BITS, ALIKE_TEXT, alike_images, alike_texts, perceptual_hash
 from mede2.trainer.preference.progress import Progress
+from mede2.trainer.preference.sample import parse_window
 from mede2.trainer.settings import ENHANCE, Settings
 
 KINDS = {
@@ -157,7 +159,9 @@ def _alike_rows(rows: Sequence[Checked], least: float) -> Iterator[Remark]:
         normalized(" ".join(text_of([message]) for messages in row.record.conversations for message in messages))
         for row in first
     ]
-    for row, earlier, similarity in alike_texts(texts, [row.example.image_hashes for row in first], least):
+    pairs = alike_texts(texts, [row.example.image_hashes for row in first], least)
+    for row, earlier_ones in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        _, earlier, similarity = max(earlier_ones, key=lambda pair: pair[2])
         text = f"nearly the row of {first[earlier].record.source} again (similarity {similarity:.2f})"
         yield Remark(first[row].record.source, "duplicate", text)
 
@@ -218,14 +222,12 @@ def command(
     context: click.Context, files: tuple[str, ...], stage: int, model: str | None, max_length: int | None,
     max_pixels: int | None, grey_window: str | None, image_bits: int, similarity: float, strict: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    window = grey_window and parse_window(grey_window)
+    window = parse_window(grey_window)
     limit = max_length or Settings.max_length
     encoder = None
     if model:
         from mede2.trainer.data.processing import load_processor, locate_model
-        from mede2.trainer.policy import quiet_transformers
 
-        quiet_transformers()
         encoder = Encoder(load_processor(locate_model(model), max_pixels), limit, window)
     elif max_length or max_pixels:
         raise ValueError(f"--{'max-length' if max_length else 'max-pixels'}: only with --model, whose tokens it limits")

@@ -38,10 +38,10 @@ def alike_images(hashes: np.ndarray, most_bits: int = ALIKE_BITS) -> Iterator[tu
 def alike_texts(
     texts: Sequence[str], groups: Sequence[Hashable], least: float = ALIKE_TEXT
 ) -> Iterator[tuple[int, int, float]]:
-    """Yield (text, the earlier text of its group most like it, their similarity) for every text that has one so near.
+    """Yield (text, an earlier text of its group, their similarity) for every two that are so near, in order of texts.
 
     The similarity is the cosine of the counts of one, two and three words in a row, rare ones counting more (tf-idf):
-    what all texts share by their template counts least.
+    what all texts share by their template counts least. Every text is compared with all before it.
 
     Args:
         texts: N texts.
@@ -50,7 +50,7 @@ def alike_texts(
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    if len(texts) < 2 or not any(any(map(str.isalnum, text)) for text in texts):
+    if not any(any(map(str.isalnum, text)) for text in texts):
         return
     weights = TfidfVectorizer(ngram_range=(1, 3), token_pattern=r"\w+", dtype=np.float32).fit_transform(texts)
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
@@ -59,8 +59,6 @@ def alike_texts(
         found = (weights[start : start + BLOCK] @ weights[: start + BLOCK].T).tocoo()
         row, column = found.row + start, found.col
         near = (found.data >= least) & (column < row) & (group[row] == group[column])
-        best: dict[int, tuple[float, int]] = {}
-        for text, earlier, similarity in zip(row[near], column[near], found.data[near], strict=True):
-            best[int(text)] = max(best.get(int(text), (0.0, 0)), (float(similarity), -int(earlier)))
-        for text, (similarity, earlier) in sorted(best.items()):
-            yield text, -earlier, min(similarity, 1.0)
+        order = np.lexsort((column[near], row[near]))
+        triples = (row[near][order], column[near][order], found.data[near][order])
+        yield from zip(*(part.tolist() for part in triples), strict=True)

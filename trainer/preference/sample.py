@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mede2.trainer.data.images import parse_window
+from mede2.trainer.data.images import Window
 from mede2.trainer.data.records import Message
 from mede2.trainer.files import hash_json
 from mede2.trainer.preference.cases import FORMAT, Case, read_cases, with_system
@@ -127,7 +127,7 @@ def command(
     jobs = plan(read_cases(Path(cases_file)), num, seed, text)
     settings = {
         "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "system": text,
-        "grey_window": grey_window and parse_window(grey_window),
+        "grey_window": parse_window(grey_window),
     }  # fmt: skip
     if base_url:
         _ask_server(jobs, Path(output), model, base_url, settings, **options)
@@ -198,3 +198,15 @@ def _system_text(system: str | None) -> str | None:
     if not text:
         raise ValueError(f"--system {system}: an empty file")
     return text
+
+
+def parse_window(text: str | None) -> Window:
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--grey-window {text}: two numbers, such as 0,4095") from error
+    if not low < high:
+        raise ValueError(f"--grey-window {text}: the first is to be the lower one")
+    return low, high
