@@ -187,10 +187,9 @@ def describe(run: Prepared) -> list[str]:
     if run.held_out:
         lines.append(f"eval: {run.held_out.dataset}")
         lines += briefly(run.held_out.dataset.remarks)
-        if shared := {example.digest for example in run.train.dataset.examples} & {
-            example.digest for example in run.held_out.dataset.examples
-        }:
-            lines.append(f"warning: {len(shared)} of the held-out rows are trained on, too")
+        trained_on = {example.digest for example in run.train.dataset.examples}
+        if both := sum(example.digest in trained_on for example in run.held_out.dataset.examples):
+            lines.append(f"warning: held-out rows that are trained on, too: {both}")
     lines.append(f"batch: {run.batch}; {run.train.sampler.steps_per_epoch} updates an epoch, {run.num_steps} in all")
     vision = "runs in every micro-batch" if run.train.dataset.has_images else "does not run (no record has an image)"
     lines.append(

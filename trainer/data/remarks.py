@@ -116,7 +116,8 @@ def briefly(remarks: Sequence[Remark]) -> list[str]:
     lines = []
     for kind in dict.fromkeys(remark.kind for remark in remarks):
         first, *others = (remark for remark in remarks if remark.kind == kind)
-        more = f" (and {len(others)} more such remarks: launch/pairs.py check lists them)" if others else ""
+        such = f"{len(others)} more such remark{'s' * (len(others) > 1)}"
+        more = f" (and {such}: launch/pairs.py check lists all)" if others else ""
         lines.append(f"warning: {first.source}: {first.text}{more}")
     return lines
 

@@ -1,5 +1,6 @@
 """Check records before they are trained on: what the stages refuse, and what their author should know."""
 
+import gzip
 import itertools
 import json
 from collections import Counter
@@ -123,10 +124,11 @@ def check(
 
 
 def _num_lines(file: str) -> int:
+    """For the progress alone: 0 where it is not to be had."""
     try:
-        with open(file, "rb") as lines:
+        with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
             return sum(1 for line in lines if line.strip())
-    except OSError:
+    except (OSError, EOFError):
         return 0
 
 

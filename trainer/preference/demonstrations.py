@@ -149,9 +149,7 @@ def without_alike(candidates: Sequence[Demonstration], least: float) -> Iterator
     """Yield each candidate with the source of an earlier one that is kept and has nearly its question, or None."""
     texts = [candidate.question for candidate in candidates]
     pairs = alike_texts(texts, [candidate.images for candidate in candidates], least)
-    earlier = {
-        row: [other for _, other, _ in group] for row, group in itertools.groupby(pairs, key=lambda pair: pair[0])
-    }
+    earlier = {row: [pair[1] for pair in group] for row, group in itertools.groupby(pairs, key=lambda pair: pair[0])}
     kept: set[int] = set()
     first: dict[tuple, int] = {}
     for number, candidate in enumerate(candidates):
@@ -188,7 +186,7 @@ def balance(candidates: Sequence[Demonstration], number: int, seed: int) -> list
     return [index in taken for index in range(len(candidates))]
 
 
-HELP = """Curate demonstrations for Stage I: right, well-formed, of fair length, no two alike, balanced over specialties.
+HELP = f"""{__doc__}
 
 FILEs hold records of Stage I with the key under meta.answer (and the options under meta.options), or cases with an
 explanation (cases.jsonl). Specialties are read from meta.specialty; each gives the same number as far as it can.
@@ -201,17 +199,12 @@ names every other row with the reason."""
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--output", required=True, metavar="FILE", help="demonstrations.jsonl")
 @click.option("--number", type=click.IntRange(1), default=NUMBER, show_default=True, help="How many to take.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, others of a specialty."
-)
-@click.option(
-    "--model", metavar="FOLDER", help="Lengths in its tokens, and what it cannot take is left out. [characters]"
-)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, other rows.")
+@click.option("--model", metavar="FOLDER", help="Counts its tokens, and leaves out what it does not take.")
 @click.option("--max-length", type=click.IntRange(8), metavar="TOKENS", help=f"As in Stage I. [{Settings.max_length}]")
-@click.option(
-    "--min-answer", type=click.IntRange(0), default=0, metavar="NUMBER", help="Shortest answer, reasoning and all."
-)
-@click.option("--max-answer", type=click.IntRange(1), metavar="NUMBER", help="Longest answer, reasoning and all.")
+@click.option("--min-answer", type=click.IntRange(0), default=0, metavar="NUMBER",
+              help="Shortest answer with its reasoning: tokens with --model, else characters.")  # fmt: skip
+@click.option("--max-answer", type=click.IntRange(1), metavar="NUMBER", help="Longest answer, in the same.")
 @click.option("--similarity", type=click.FloatRange(0, 1), default=ALIKE_TEXT, show_default=True,
               help="Of questions that are nearly the same (1: the same words in the same order).")  # fmt: skip
 @click.option("--with-images", is_flag=True, help="Take rows with images, too.")
