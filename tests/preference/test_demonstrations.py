@@ -74,7 +74,7 @@ GOOD = {
     "the option's letter": demonstration(answer="A"),
     "letter and text": demonstration(answer="a. Mass."),
     "the key is a letter": demonstration() | {"meta": {"answer": "A", "options": OPTIONS}},
-    "options by letter": demonstration() | {"meta": {"answer": "mass", "options": dict(zip("ABC", OPTIONS, strict=True))}},
+    "options by letter": demonstration(options=dict(zip("ABC", OPTIONS, strict=True))),
     "an open question": demonstration(answer="Mass.") | KEY,
     "a case": case(),
     "two turns": {
@@ -234,14 +234,13 @@ def test_a_missing_image_leaves_the_row_out(run):
     assert [(found["reason"], "no such file" in found["detail"]) for found in left_out] == [("unusable", True)]
 
 
-def test_the_demo_by_the_command_itself(pairs, demo_cases, tmp_path):
+def test_the_demo(demo_cases, tmp_path):
     """Cases with pictures, and records of Stage I; what is written passes `check`."""
     records = write_stage1(tmp_path / "records", 40, seed=3)
     output = tmp_path / "taken.jsonl"
     arguments = ("--output", str(output), "--number", "24", "--model", str(BASE_MODEL), "--with-images")
-    done = pairs("demonstrations", str(demo_cases), str(records), *arguments)
-    assert done.returncode == 0, done.stdout
-    assert "24 demonstrations from 52 rows" in done.stdout
+    done = CliRunner().invoke(command, [str(demo_cases), str(records), *arguments])
+    assert "24 demonstrations from 52 rows" in done.output
     assert Counter(json.loads(line)["meta"].get("specialty") for line in output.read_text().splitlines()) == {
         "pulmonology": 12, None: 12,
     }  # fmt: skip
