@@ -19,6 +19,7 @@ from mede2.trainer.data.encoding import Encoder
 from mede2.trainer.data.layout import Layout
 from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
+from mede2.trainer.data.remarks import briefly
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
@@ -187,8 +188,13 @@ def describe(run: Prepared) -> list[str]:
     lines = [STAGE_NAMES[run.stage]]
     lines += [f"  {name:<{width}}  {json.dumps(value)}  ({origin})" for name, value, origin in run.resolved.described()]
     lines.append(f"train: {run.train.dataset}")
+    lines += briefly(run.train.dataset.remarks)
     if run.held_out:
         lines.append(f"eval: {run.held_out.dataset}")
+        lines += briefly(run.held_out.dataset.remarks)
+        trained_on = {example.digest for example in run.train.dataset.examples}
+        if both := sum(example.digest in trained_on for example in run.held_out.dataset.examples):
+            lines.append(f"warning: held-out rows that are trained on, too: {both}")
     lines.append(f"batch: {run.batch}; {run.train.sampler.steps_per_epoch} updates an epoch, {run.num_steps} in all")
     vision = "runs in every micro-batch" if run.train.dataset.has_images else "does not run (no record has an image)"
     lines.append(
