@@ -1,9 +1,11 @@
-"""Agreement of raters on scores 1 to 5: Cohen's and Fleiss' kappa, Krippendorff's alpha, with bootstrap intervals."""
+"""Agreement of raters on scores 1 to 5: Cohen's and Fleiss' kappa, Krippendorff's alpha, with bootstrap intervals.
+
+statsmodels and krippendorff compute them; they are an extra, imported where they are used.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 
@@ -11,7 +13,6 @@ from mede2.trainer.preference.rubric import SCORES
 from mede2.trainer.preference.scored import Place
 
 NUM_RESAMPLES = 500
-PACKAGES = ("krippendorff", "statsmodels")  # imported where they are used: they are an extra, and slow to import
 Ratings = Mapping[str, Mapping[Place, float]]  # rater -> answer -> score
 
 
@@ -27,13 +28,6 @@ class Estimate:
     low: float | None
     high: float | None
     num: int
-
-
-def check_packages() -> None:
-    """Raise ValueError if what computes the figures is not installed."""
-    for name in PACKAGES:
-        if find_spec(name) is None:
-            raise ValueError(f"{name}: the package is not installed; pip install 'mede2[pairs]'")
 
 
 def cohen(first: Mapping[Place, int], second: Mapping[Place, int], seed: int = 0) -> Estimate:

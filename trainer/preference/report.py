@@ -16,7 +16,7 @@ import numpy as np
 from mede2.trainer.data.images import Window, load_image
 from mede2.trainer.data.records import BadRow, Record, read_records
 from mede2.trainer.files import write_json, write_text
-from mede2.trainer.preference.agreement import Ratings, alpha, bootstrap, check_packages, cohen, fleiss
+from mede2.trainer.preference.agreement import Ratings, alpha, bootstrap, cohen, fleiss
 from mede2.trainer.preference.judgements import Judgement
 from mede2.trainer.preference.progress import Progress
 from mede2.trainer.preference.rows import Row, read_rows
@@ -315,7 +315,6 @@ def command(
     from mede2.trainer.preference.page import page, print_report
     from mede2.trainer.preference.sample import parse_window
 
-    check_packages()
     window = parse_window(grey_window)
     inputs = read_inputs(cases, samples, judgements)
     labels = read_labels(Path(human), {sample.place for sample in inputs.samples}) if human else {}
