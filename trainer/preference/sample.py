@@ -88,8 +88,9 @@ Without --base-url the model runs here, in transformers; `torchrun --nproc_per_n
 the answers out over ranks. With it an OpenAI-compatible server (vLLM, SGLang) is asked.
 
 Finished answers lie in .OUTPUT.journal/ beside the output, under the hash of all that they depend on, so the same
-command again continues where it was stopped, and costs nothing when all are there. OUTPUT is written whole at the end,
-in the order of the cases."""
+command again continues where it was stopped, and costs nothing when all are there. Only an answer whose reply was still
+on its way from the server when the command was killed, or the connection cut, is asked for again. OUTPUT is written
+whole at the end, in the order of the cases."""
 
 
 @click.command("sample", help=HELP, short_help=__doc__)
