@@ -22,7 +22,8 @@ from mede2.trainer.preference.progress import Progress
 from mede2.trainer.preference.rows import Row, write_rows
 from mede2.trainer.preference.rubric import CRITERIA, SCORES
 from mede2.trainer.preference.scored import Scored, read_inputs
-from mede2.trainer.settings import ENHANCE, parse_assignments, read_recipe
+from mede2.trainer.resolution import parse_assignments, read_recipe
+from mede2.trainer.settings import ENHANCE
 
 SHINGLE = 3  # words
 KINDS = ("wrong", "hard")  # of rejected answers: a wrong one, or a right one whose reasoning is bad
