@@ -44,6 +44,7 @@ def score_of(criterion, think, **more):
         ("A nodule in the left upper zone.", 3),
         ("A nodule in the left upper zone. A mass is there too.", 3),  # a mass somewhere is not that mass
         ("A nodule in the left upper zone. The right lung is clear.", 2),  # denied
+        ("A nodule in the left upper zone. The rest of the lungs is clear.", 3),  # of the mass this says nothing
         ("No nodule. A mass in the right lower zone.", 2),
         ("The lungs are clear.", 1),
         ("Fever and cough for two weeks.", 1),
@@ -78,6 +79,7 @@ def test_a_normal_image_is_to_be_called_normal(think, score):
         ("There is no cavity, consolidation or effusion in the right lung.", 5),
         ("An effusion is not seen. A pneumothorax is absent.", 5),
         ("A nodule. The right answer follows from the history.", 5),  # "right" is no side here
+        (BOTH_SEEN + " The right answer rests on the nodule.", 5),
         ("Fever and cough.", 5),
         (BOTH_SEEN + " A small effusion is possible.", 4),
         (BOTH_SEEN + " There could be a cavity in the left lower zone.", 4),
@@ -85,6 +87,8 @@ def test_a_normal_image_is_to_be_called_normal(think, score):
         ("A cavity in the left upper zone and a mass in the right lower zone.", 3),  # another kind
         ("A nodule in the right upper zone and a mass in the right lower zone.", 2),  # the wrong side
         (BOTH_SEEN + " A cavity in the left lower zone.", 2),
+        (BOTH_SEEN + " A cavity in the left lower zone. The cavity is small.", 2),  # one thing, said twice
+        (BOTH_SEEN + " A cavity in the left upper zone.", 2),  # beside the nodule, not in its place
         (BOTH_SEEN + " And an effusion.", 2),
         (BOTH_SEEN + " Bilateral effusions.", 1),
         (BOTH_SEEN + " A second mass in the left middle zone, a cavity beside it.", 1),
@@ -140,7 +144,9 @@ def test_the_cases_own_table_says_what_follows(think, answer, score):
         ("A mass on the left. Actually I was wrong: the mass is on the right.", 5),
         ("A mass, fever, so carcinoma. Checking: a mass and fever.", 4),
         ("A mass, fever, so carcinoma. Let me double-check the mass.", 3),
+        ("A mass, fever, so carcinoma. Let me double-check. A mass and fever.", 4),
         ("A mass, so carcinoma. Let me double-check. Yes, that is right.", 2),
+        ("The mass and the fever are here. Let me check all of this and what there is for the answer.", 2),
         ("I will check everything. A mass, so carcinoma.", 2),
         ("Wait. Check. Verify.", 2),
         ("A mass, so carcinoma.", 1),
@@ -149,6 +155,17 @@ def test_the_cases_own_table_says_what_follows(think, answer, score):
 )
 def test_reflection_is_what_follows_the_word_of_checking(think, score):
     assert score_of("reflection", think) == score
+
+
+def test_fewer_than_half_of_the_findings_addressed():
+    findings = {"left upper": "nodule", "left middle": "cavity", "right lower": "mass"}
+    assert score_of("image_analysis", "A nodule in the left upper zone.", findings=findings) == 2
+
+
+def test_the_longer_of_two_options_names_is_meant():
+    options = ("abscess", "lung abscess")
+    assert score_of("logical_consistency", "So a lung abscess.", answer="lung abscess", options=options) == 5
+    assert score_of("logical_consistency", "So a lung abscess.", answer="abscess", options=options) == 1
 
 
 def test_without_structured_findings_the_image_is_not_judged():
@@ -193,11 +210,13 @@ def test_an_open_question_is_only_decided_where_words_decide(answer, key, correc
     ],
 )  # fmt: skip
 def test_an_answer_without_its_form_is_not_scored(text):
-    case = Case("cases.jsonl:1", "c", (), (), "carcinoma", OPTIONS, meta={"findings": TWO})
-    judgement = judge(Answer(case, 0, text, "k"), RUBRIC)
-    assert judgement.scores is None
-    assert judgement.problem
-    assert judgement.well_formed == ("<think> </think>" in text)
+    for options in (OPTIONS, ()):
+        case = Case("cases.jsonl:1", "c", (), (), "carcinoma", options, meta={"findings": TWO})
+        judgement = judge(Answer(case, 0, text, "k"), RUBRIC)
+        assert judgement.scores is None
+        assert judgement.problem
+        assert judgement.well_formed == ("<think> </think>" in text)
+        assert judgement.well_formed or judgement.correct is False
 
 
 def test_findings_of_a_case_teach_the_judge_their_own_words():
