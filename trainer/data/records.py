@@ -17,6 +17,7 @@ MOST_NESTED = 100  # levels of lists and objects in a row
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tab, line feed and carriage return
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # what would break up a line of a message
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux
 URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
@@ -74,12 +75,10 @@ def _lines(file: str) -> Iterator[str]:
     from datasets.exceptions import DatasetGenerationError
 
     if not Path(file).is_file():
-        raise ValueError(f"no such file: {file}")
+        raise ValueError(f"{file}: no such file")
     try:
-        mark = "\ufeff"  # of UTF-8, at the start of files that Windows wrote
         for row in load_dataset("text", data_files={"rows": file}, split="rows", streaming=True):
-            yield row["text"].removeprefix(mark)
-            mark = ""
+            yield row["text"]
     except (UnicodeDecodeError, DatasetGenerationError) as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from error
     except OSError as error:
@@ -207,6 +206,8 @@ def parse_images(source: str, value: Any, messages: tuple[Message, ...], folder:
             raise BadRow(source, f"images: {image!r:.60} is a URL; save the image and name its file")
         if UNPRINTED.search(image):
             raise BadRow(source, f"images: the path {image!r:.60} holds a control character")
+        if max(len(part.encode()) for part in image.split("/")) > LONGEST_NAME or len(image.encode()) > LONGEST_PATH:
+            raise BadRow(source, f"images: the path {image!r:.60}... is longer than a path can be")
     placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
     if placeholders != len(images):
         raise BadRow(
