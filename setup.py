@@ -55,10 +55,11 @@ setup(
     extras_require={
         "cuda": ["flash-attn>=2.8,<3"],
         "watch": ["wandb>=0.22,<1"],
-        "pairs": ["openai>=2,<3", "krippendorff>=0.9,<1", "statsmodels>=0.15,<1"],
+        "pairs": ["imagehash>=4.3,<5", "krippendorff>=0.9,<1", "openai>=2,<3", "statsmodels>=0.15,<1"],
         "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "matplotlib>=3.10,<4", "trl==1.16.0"],
         "test": [
             "hypothesis>=6,<7",
+            "imagehash>=4.3,<5",
             "pytest>=8,<10",
             "pytest-timeout>=2.4,<3",
             "ruff>=0.14,<1",
