@@ -54,6 +54,7 @@ def train(
             if not torch.isfinite(loss):
                 suspects += micro_batch.sources
 
+        stats["data_wait_ms"], feed.waited_s = 1e3 * feed.waited_s / engine.world.size, 0.0
         metrics = engine.world.sum(stats)  # shares of means: their sum over ranks is the mean
         if not math.isfinite(metrics["loss"]):
             rows = sorted({row for part in engine.world.gather(suspects) for row in part})
@@ -63,7 +64,6 @@ def train(
         objective.observe(metrics)
         metrics["learning_rate"] = learning_rate_at(settings, step, num_steps)
         metrics["num_tokens"] = totals.num_tokens
-        metrics["data_wait_ms"], feed.waited_s = 1e3 * feed.waited_s, 0.0
         after_update(step, metrics)
 
 
