@@ -8,15 +8,18 @@ from mede2.trainer.commandline import fail
 
 COMMANDS = {  # each module has its click command under the name `command` and imports what is slow only when called
     "demo-cases": "demo_cases",
+    "demonstrations": "demonstrations",
     "sample": "sample",
     "judge": "judge",
+    "select": "select",
+    "corrupt": "corrupt",
+    "report": "report",
     "check": "check",
-    "demonstrations": "demonstrations",
 }
 
 
 class Steps(click.Group):
-    """The subcommands, each imported when it is named; a ValueError becomes one line."""
+    """The subcommands, each imported when it is named; what a user can mend becomes one line."""
 
     def list_commands(self, _) -> list[str]:
         return list(COMMANDS)
@@ -31,6 +34,10 @@ class Steps(click.Group):
             return super().invoke(context)
         except ValueError as error:
             fail(str(error))
+        except ModuleNotFoundError as error:
+            if str(error.name).startswith("mede2"):
+                raise
+            fail(f"{error.name} is not installed; pip install 'mede2[pairs]' installs all that these steps need")
 
 
 main = Steps("pairs", help=__doc__)

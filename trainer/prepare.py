@@ -24,7 +24,9 @@ from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
-from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Resolved, Settings
+from mede2.trainer.policy import check_adapter
+from mede2.trainer.resolution import Resolved
+from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Settings
 from mede2.trainer.world import World
 
 SUMMARY = "summary.json"  # of an output folder; written last: the run is done
@@ -100,8 +102,11 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     if settings.train_merger and not train_set.has_images:
         raise ValueError("train_merger: no training record has an image")
 
-    text_config = AutoConfig.from_pretrained(model).get_text_config()
+    model_config = AutoConfig.from_pretrained(model)
+    text_config = model_config.get_text_config()
     _check_attention(settings, resolved.stage, text_config)
+    if settings.lora_rank:
+        check_adapter(model_config, settings)
     positions = Positions(model)
 
     def batches(dataset: DataSet, seed: int | None, corrupted: bool) -> Batches:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,39 +19,41 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Fault:
-    """What the server does to one request in place of answering it.
+    """What the server does with one request, other than to answer it well.
 
     Attributes:
-        status: HTTP status of the refusal; 0 cuts the connection, 200 answers after the delay.
-        retry_after: seconds that the header Retry-After asks for.
+        status: HTTP status of the reply.
+        headers: of the reply, beside the usual ones.
+        body: of the reply; without it the answer (status 200) or an error.
         delay_s: how long it takes.
-        cut_after: for status 0, bytes of the finished answer that still go out.
+        cut: so many bytes of the reply go out, then the connection ends.
     """
 
-    status: int
-    retry_after: float | None = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
     delay_s: float = 0.0
-    cut_after: int = 0
+    cut: int | None = None
 
 
 class ChatServer:
     """Speaks /v1/chat/completions.
 
     Attributes:
-        answer: maps a request's body to the text of the answer.
-        faults: taken in turn, one by each request that arrives; None stands for an ordinary answer.
-        requests: bodies of every request, in order of arrival, with arrival times.
+        answer: maps a request's body to the text of the answer, or to the whole message.
+        delay_s: how long every answer takes.
+        finish: reason for which answers end.
+        faults: taken in turn, one by each request that arrives; None stands for a good answer.
+        requests: time of arrival and body of every request.
         completed: bodies of the requests whose answer went out whole.
         busiest: most requests under way at a time.
-        delay_s: how long every answer takes.
     """
 
-    def __init__(self, answer: Callable[[dict], str]):
-        self.answer, self.delay_s = answer, 0.0
+    def __init__(self, answer: Callable[[dict], str | dict], delay_s: float, finish: str):
+        self.answer, self.delay_s, self.finish = answer, delay_s, finish
         self.faults: deque[Fault | None] = deque()
         self.requests: list[tuple[float, dict]] = []
         self.completed: list[dict] = []
-        self.finish, self.extra = "stop", {}
         self.busy = self.busiest = 0
         self.lock = threading.Lock()
         chat = self
@@ -63,63 +65,56 @@ class ChatServer:
                 chat.serve(self)
 
             def log_message(self, *_):
-                """Not into the test's output."""
+                """Not into the output of the tests."""
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        self.port = self.http.server_port
+        self.url = f"http://127.0.0.1:{self.port}/v1"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def serve(self, http: BaseHTTPRequestHandler) -> None:
         body = json.loads(http.rfile.read(int(http.headers["Content-Length"])))
         with self.lock:
             self.requests.append((time.monotonic(), body))
-            fault = self.faults.popleft() if self.faults else None
+            fault = (self.faults.popleft() if self.faults else None) or Fault(delay_s=self.delay_s)
             self.busy += 1
             self.busiest = max(self.busiest, self.busy)
+        time.sleep(fault.delay_s)
+        reply = fault.body
+        if reply is None:
+            value = self._completion(body) if fault.status == 200 else {"error": {"message": "injected"}}
+            reply = json.dumps(value).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(reply))} | fault.headers
+        head = [f"HTTP/1.1 {fault.status} Said", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        with self.lock:
+            self.busy -= 1
         try:
-            time.sleep(fault.delay_s if fault else self.delay_s)
-            if fault and fault.status not in (0, 200):
-                self._send(http, fault.status, {"error": {"message": "injected"}}, fault.retry_after)
-                return
-            text = self.answer(body)
-            message = {"role": "assistant", "content": text} | self.extra
-            reply = {
-                "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-                "choices": [{"index": 0, "message": message, "finish_reason": self.finish}],
-                "usage": {"prompt_tokens": 7, "completion_tokens": len(text.split()), "total_tokens": 7},
-            }  # fmt: skip
-            if fault and fault.status == 0:
-                http.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"[: fault.cut_after])
-                http.close_connection = True
-                return
-            self._send(http, 200, reply)
+            http.wfile.write(("\r\n".join(head).encode() + reply)[: fault.cut])
+        except (BrokenPipeError, ConnectionResetError):
+            return  # who asked is gone
+        http.close_connection = fault.cut is not None
+        if fault.status == 200 and fault.cut is None:
             with self.lock:
                 self.completed.append(body)
-        except (BrokenPipeError, ConnectionResetError):
-            http.close_connection = True  # whoever asked was killed
-        finally:
-            with self.lock:
-                self.busy -= 1
 
-    def _send(self, http: BaseHTTPRequestHandler, status: int, value: dict, retry_after: float | None = None) -> None:
-        data = json.dumps(value).encode()
-        http.send_response(status)
-        http.send_header("Content-Type", "application/json")
-        http.send_header("Content-Length", str(len(data)))
-        if retry_after is not None:
-            http.send_header("Retry-After", str(retry_after))
-        http.end_headers()
-        http.wfile.write(data)
+    def _completion(self, body: dict) -> dict:
+        said = self.answer(body)
+        message = {"role": "assistant"} | (said if isinstance(said, dict) else {"content": said})
+        return {
+            "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+            "choices": [{"index": 0, "message": message, "finish_reason": self.finish}],
+            "usage": {"prompt_tokens": 7, "completion_tokens": len(message["content"].split()), "total_tokens": 9},
+        }  # fmt: skip
 
 
 @pytest.fixture
 def chat_server():
-    """`chat_server(answer)` starts a server whose answers `answer(body)` gives."""
+    """`chat_server(answer, delay_s=, finish=)` starts a server whose answers `answer(body)` gives."""
     started = []
 
-    def start(answer: Callable[[dict], str]) -> ChatServer:
-        started.append(ChatServer(answer))
+    def start(answer: Callable[[dict], str | dict], delay_s: float = 0.0, finish: str = "stop") -> ChatServer:
+        started.append(ChatServer(answer, delay_s, finish))
         return started[-1]
 
     yield start
@@ -129,22 +124,35 @@ def chat_server():
 
 
 @pytest.fixture(scope="session")
+def fault():
+    """`fault(status, headers=, body=, delay_s=, cut=)`, for a server's `faults`."""
+    return Fault
+
+
+@pytest.fixture(scope="session")
 def pairs():
     """`pairs(*arguments, wait=True, **environment)` runs launch/pairs.py; with `wait=False` it returns the process."""
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TRITON_INTERPRET", "OPENAI_API_KEY")
     base = {name: value for name, value in os.environ.items() if name not in left_out} | {"HF_HUB_OFFLINE": "1"}
 
-    def run(*arguments: str, wait: bool = True, launcher: tuple[str, ...] = (sys.executable,), **environment: str):
+    started = []
+
+    def run(*arguments: str, wait: bool = True, **environment: str):
         process = subprocess.Popen(
-            [*launcher, str(ROOT / "launch/pairs.py"), *arguments], cwd=ROOT, env=base | environment, text=True,
+            [sys.executable, str(ROOT / "launch/pairs.py"), *arguments], cwd=ROOT, env=base | environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        started.append(process)
         if not wait:
             return process
         output, _ = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
-    return run
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from mede2.trainer.demo.records import write_stage2
 from mede2.trainer.preference.check import check, command
 from mede2.trainer.preference.duplicates import BLOCK, alike_images, alike_texts, perceptual_hash
 from mede2.trainer.prepare import describe, prepare
-from mede2.trainer.settings import ELICIT, ENHANCE, resolve
+from mede2.trainer.resolution import resolve
+from mede2.trainer.settings import ELICIT, ENHANCE
 
 ROOT = Path(__file__).parents[2]
 LICENSED = {"meta": {"license": "CC0-1.0"}}

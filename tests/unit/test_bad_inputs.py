@@ -23,16 +23,9 @@ from mede2.trainer.data.processing import load_processor, locate_model
 from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import write_json
 from mede2.trainer.policy import load_policy
+from mede2.trainer.resolution import parse_assignments, read_recipe, resolve
 from mede2.trainer.run import find_checkpoint, prepare
-from mede2.trainer.settings import (
-    ELICIT,
-    ENHANCE,
-    BatchArithmetic,
-    Settings,
-    parse_assignments,
-    read_recipe,
-    resolve,
-)
+from mede2.trainer.settings import ELICIT, ENHANCE, BatchArithmetic, Settings
 
 Z3 = str(Path(__file__).parents[2] / "ds_configs" / "z3.json")
 

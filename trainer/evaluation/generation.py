@@ -99,7 +99,7 @@ class Generator:
             drawing.append(TemperatureLogitsWarper(float(temperature)))
             if top_p < 1:
                 drawing.append(TopPLogitsWarper(float(top_p)))
-            drawing.append(_Draw(seeds, width, max_tokens))
+            drawing.append(Draw(seeds, width, max_tokens))
         output = self.model.generate(
             **inputs, max_new_tokens=max_tokens, do_sample=False, use_cache=True, logits_processor=drawing
         )
@@ -113,7 +113,7 @@ class Generator:
         return Generation(text, "length" if end is None else "stop", len(tokens))
 
 
-class _Draw(LogitsProcessor):
+class Draw(LogitsProcessor):
     """Leaves of each row the one token that its own random numbers draw, by the inverse of the cumulative distribution.
     One global generator would make an answer depend on the others in its batch and on their order."""
 

@@ -172,6 +172,8 @@ class ChatClient:
             if error.status_code in (401, 403):
                 raise ValueError(f"{said}. The API key is read from the variable {self.key_variable}") from error
             raise ValueError(said) from error
+        except openai.APITimeoutError as error:
+            raise ValueError(f"{where} did not answer within --timeout-s") from error
         except openai.APIConnectionError as error:
             raise ValueError(f"{where} cannot be reached: {error.__cause__ or error}") from error
         except (openai.OpenAIError, json.JSONDecodeError) as error:
@@ -261,8 +263,11 @@ def _reply(completion: Any, where: str) -> Reply:
         raise Refused(f"{where} withholds its answer ({message.refusal or finish})")
     if usage is None:
         raise ValueError(f"{where} does not say how many tokens an answer has (`usage`)")
+    text = message.content or ""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refused(f"{where} answers text that is not valid Unicode (half of a surrogate pair)")
     reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    return Reply(message.content or "", reasoning, finish, usage.completion_tokens, usage.prompt_tokens)
+    return Reply(text, reasoning, finish, usage.completion_tokens, usage.prompt_tokens)
 
 
 def _brief(text: str) -> str:

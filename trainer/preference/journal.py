@@ -30,16 +30,20 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{rank}.jsonl"
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._rows: dict[str, Row] = {}
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in sorted(folder.glob("*.jsonl")):
+                whole = self._read(path)
+                if path == self.path:
+                    os.truncate(self._file, whole)
+            _sync_folder(folder)
         except BlockingIOError as error:
+            self.close()
             raise ValueError(f"{output}: another process is writing it (its journal {self.path} is locked)") from error
-        self._rows: dict[str, Row] = {}
-        for path in sorted(folder.glob("*.jsonl")):
-            whole = self._read(path)
-            if path == self.path:
-                os.truncate(self._file, whole)
-                _sync_folder(folder)
+        except BaseException:
+            self.close()
+            raise
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows

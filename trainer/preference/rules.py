@@ -40,6 +40,7 @@ JUDGE = "rules"
 FAULT = 3  # a score of 3 or less says that the check found a fault
 NO_FINDINGS = "the case has no structured findings (meta.findings)"
 LETTER = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?:?\s+\(?([A-Z])\)?(?=[\s.,;)]|$)")
+PART = re.compile(r"[,;]|\b(?:but|and|or)\b")
 
 
 def judge(answer: Answer, rubric: Rubric) -> Judgement:
@@ -110,7 +111,7 @@ def conclusions(case: Case, think: str, rubric: Rubric) -> list[Conclusion]:
         raise ValueError(f"{case.source}: meta.conclusions: {{phrase: answer}}, not {table!r:.60}")
     entails = {" ".join(words.lower().split()): value for words, value in table.items()}
     in_table = phrase(entails) if entails else None
-    cue, negation = phrase(rubric.words.conclusions), phrase(rubric.words.negations)
+    cue = phrase(rubric.words.conclusions)
     found: list[Conclusion] = []
     every = sentences(think)
     for place, sentence in enumerate(every):
@@ -120,7 +121,8 @@ def conclusions(case: Case, think: str, rubric: Rubric) -> list[Conclusion]:
                 found.append(Conclusion(_target(entails[words], case.options), sentence, True, place))
         cued = cue.search(lower)
         if cued or place == len(every) - 1:
-            named = _named(lower[cued.end() if cued else 0 :], case.options, negation)
+            named = cued and _named(lower[cued.end() :], case.options, rubric)
+            named = named or _named(lower, case.options, rubric)  # "X is the most likely diagnosis"
             if not named and (letter := LETTER.search(sentence)):
                 named = {_target(letter[1], case.options)}
             if len(named) == 1:
@@ -128,15 +130,18 @@ def conclusions(case: Case, think: str, rubric: Rubric) -> list[Conclusion]:
     return found
 
 
-def _named(lower: str, options: Sequence[str], negation: re.Pattern) -> set[str]:
+def _named(lower: str, options: Sequence[str], rubric: Rubric) -> set[str]:
     """The options that a text in lower case names and does not reject."""
+    negation, negation_after = phrase(rubric.words.negations), phrase(rubric.words.negations_after)
     named, taken = set(), []
     for option in sorted(options, key=len, reverse=True):
         for match in phrase([plain(option)]).finditer(lower):
             if any(start < match.end() and match.start() < end for start, end in taken):
                 continue  # a part of a longer option's name
             taken.append(match.span())
-            if not negation.search(re.split(r"[,;]|\bbut\b", lower[: match.start()])[-1]):
+            before = PART.split(lower[: match.start()])[-1]
+            behind = PART.split(lower[match.end() :])[0]
+            if not negation.search(before) and not negation_after.search(behind):
                 named.add(plain(option))
     return named
 

@@ -15,19 +15,37 @@ from mede2.trainer.preference.journal import Journal
 from mede2.trainer.preference.progress import Progress
 from mede2.trainer.preference.rows import Row
 from mede2.trainer.preference.sample import Job, write_samples
-from mede2.trainer.world import World, join_world
+from mede2.trainer.world import World
 
 
 def sample_here(
-    jobs: Sequence[Job], output: Path, model: str, settings: Row, batch_size: int, max_pixels: int | None
+    jobs: Sequence[Job],
+    output: Path,
+    model: str,
+    settings: Row,
+    *,
+    batch_size: int,
+    max_pixels: int | None,
+    world: World,
 ) -> None:
     """Have every answer made and write samples.jsonl.
 
     Batches are those of all jobs, whatever is done already and however many ranks there are, and a batch is journalled
     as one: so neither ranks nor a stop change even the rounding of an answer.
+
+    Args:
+        jobs: the answers to be had.
+        output: samples.jsonl.
+        model: folder or hub name.
+        settings: temperature, top_p, max_tokens, system and grey_window; what else the answers depend on is added.
+        batch_size: answers at a time on each rank.
+        max_pixels: see `processing.load_processor`.
+        world: the ranks.
+
+    Raises:
+        ValueError: anything that a user can mend: the model, an image, memory that is too small.
     """
     quiet_transformers()
-    world = join_world()
     folder = world.on_main(lambda: locate_model(model))
     settings = settings | {
         "dtype": "bfloat16" if world.device.type == "cuda" else "float32",
@@ -81,7 +99,7 @@ def _answer(generator: Generator, batch: list[Job], settings: Row) -> list[Row]:
     pictures = {image: load_image(image, settings["grey_window"]) for image in files}
     try:
         generations = generator(
-            [_with_pictures(job.prompt, [pictures[image] for image in job.case.images]) for job in batch],
+            [with_pictures(job.prompt, [pictures[image] for image in job.case.images]) for job in batch],
             seeds=[job.seed for job in batch],
             **{name: settings[name] for name in ("temperature", "top_p", "max_tokens")},
         )
@@ -94,7 +112,7 @@ def _answer(generator: Generator, batch: list[Job], settings: Row) -> list[Row]:
     ]
 
 
-def _with_pictures(prompt: Sequence[Message], pictures: list) -> list[Message]:
+def with_pictures(prompt: Sequence[Message], pictures: list) -> list[Message]:
     """The messages with each picture in its placeholder."""
     remaining = iter(pictures)
     return [

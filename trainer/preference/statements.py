@@ -20,6 +20,7 @@ CUES = (
 SENTENCE = re.compile(r"[^\s.!?].*?(?:[.!?]+(?=\s|$)|(?=\n)|$)", re.MULTILINE)
 CLAUSE = re.compile(r";|\b(?:but|however|whereas|while|although|though|except)\b")
 SEGMENT = re.compile(r",|\band\b|\bor\b")
+FRESH = re.compile(r"\s*(?:the|this|these|that|there|it|i|we)\b")  # begins a segment that no negation reaches into
 NOT_A_SIDE = re.compile(
     r"\b(?:is|are|was|seems|all|that's|it's)\s+right\b|\bright\s+(?:answer|option|choice|diagnosis)\b"
 )
@@ -58,9 +59,8 @@ def sentences(text: str) -> list[str]:
 def phrase(words: Iterable[str]) -> re.Pattern:
     """A pattern for any of some words or phrases (the longest first), with a plural s, in lower-case text."""
     ordered = sorted(words, key=len, reverse=True)
-    return re.compile(
-        r"(?<![\w-])(?:" + "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in ordered) + r")s?(?!\w)"
-    )
+    either = "|".join(re.escape(word).replace(r"\ ", r"\s+").replace("'", r"['\u2019]") for word in ordered)
+    return re.compile(rf"(?<![\w-])(?:{either})s?(?!\w)")
 
 
 class ImageReader:
@@ -146,8 +146,11 @@ class ImageReader:
             yield from self._clause(clause, sentence, looks)
 
     def _clause(self, clause: str, quote: str, looks: bool) -> Iterator[Statement]:
-        """A negation or a hedge holds to the end of its clause. A segment without a place takes the one that stood
-        alone before it or stands alone behind it; a place alone after a placed finding repeats that finding there."""
+        """A negation or a hedge holds to the end of its clause or to a segment that begins anew ("no mass, the ...").
+
+        A segment without a place takes the one that stood alone before it or stands alone behind it; a place alone
+        after a placed finding repeats that finding there.
+        """
         negated = hedged = False
         waiting: frozenset[str] = frozenset()
         said: list[tuple[str, frozenset[str], str]] = []
@@ -156,6 +159,9 @@ class ImageReader:
                 (match.start(), kind) for kind, pattern in self._kinds.items() for match in pattern.finditer(segment)
             )
             places = self._places_in(segment)
+            fresh = bool(FRESH.match(segment))
+            if fresh:
+                negated = hedged = False
             negation, hedge = self._said["negations"].search(segment), self._said["hedges"].search(segment)
             if not mentions and self._normal(segment, looks, negated):
                 yield from (Statement(ANYTHING, place, DENIED, quote) for place in places or [frozenset()])
@@ -171,7 +177,9 @@ class ImageReader:
                     continue
                 mode = DENIED if denied else POSSIBLE if possible else ASSERTED
                 said += [(kind, place, mode) for place in places or [waiting]]
-            if places:  # "no nodule, mass or cavity in the left lung": the place holds for all that is denied
+            if (
+                places and not fresh
+            ):  # "no nodule, mass or cavity in the left lung": the place holds for all that is denied
                 said = [(k, p, m) for k, p0, m in said for p in (places if m == DENIED and not p0 else [p0])]
             if not mentions and places:
                 if said and not said[-1][1]:
