@@ -55,7 +55,13 @@ setup(
     extras_require={
         "cuda": ["flash-attn>=2.8,<3"],
         "watch": ["wandb>=0.22,<1"],
-        "pairs": ["imagehash>=4.3,<5", "krippendorff>=0.9,<1", "openai>=2,<3", "statsmodels>=0.15,<1"],
+        "pairs": [
+            "imagehash>=4.3,<5",
+            "krippendorff>=0.9,<1",
+            "openai>=2,<3",
+            "scikit-learn>=1.7,<2",
+            "statsmodels>=0.15,<1",
+        ],
         "bench": ["cut-cross-entropy==25.1.1", "liger-kernel==0.8.5", "matplotlib>=3.10,<4", "trl==1.16.0"],
         "test": [
             "hypothesis>=6,<7",
@@ -67,6 +73,7 @@ setup(
             "wandb>=0.22,<1",
             "openai>=2,<3",
             "krippendorff>=0.9,<1",
+            "scikit-learn>=1.7,<2",
             "statsmodels>=0.15,<1",
         ],
     },

@@ -135,6 +135,13 @@ def test_no_warning(name, warned, film, tmp_path):
     assert warned(GOOD[name], ENHANCE) == []
 
 
+def test_the_earlier_row_is_named_whatever_comes_later(warned):
+    """A row that stands twice has the place of its first."""
+    one, other = (demonstration(" ".join(f"w{i}" for i in range(90)) + end, "Yes.") for end in (" left?", " right?"))
+    found = warned([one, other, one], ELICIT)
+    assert [(line, text.partition(" again")[0][-2:]) for line, _, text in found] == [(2, ":1"), (3, ":1")]
+
+
 def test_images_alike(warned, film, tmp_path):
     """The same bytes, another compression and another size are told once, where they first come up; others are not."""
     names = [

@@ -227,6 +227,9 @@ def test_images_are_found_from_the_new_folder(run, write_image, load, tmp_path):
     assert left_out == []
     (example,) = load(tmp_path / "out" / "taken.jsonl", ELICIT).examples
     assert len(example.images) == 1
+    absolute = str(tmp_path / "in" / "images" / "a.png")
+    _, (taken,), _ = run([case(prompt=IMAGE, images=[absolute])], "--with-images")
+    assert taken["images"] == [absolute]
 
 
 def test_a_missing_image_leaves_the_row_out(run):

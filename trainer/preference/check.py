@@ -156,7 +156,10 @@ def _origins(rows: Sequence[Checked]) -> Iterator[Remark]:
 
 def _alike_rows(rows: Sequence[Checked], least: float) -> Iterator[Remark]:
     """Rows nearly the same as an earlier one on the same images. Those entirely the same are in `compare`."""
-    first = list({(row.traits.question, row.traits.answers): row for row in reversed(rows)}.values())[::-1]
+    different: dict[tuple, Checked] = {}
+    for row in rows:
+        different.setdefault((row.traits.question, row.traits.answers), row)
+    first = list(different.values())
     texts = [
         normalized(" ".join(text_of([message]) for messages in row.record.conversations for message in messages))
         for row in first

@@ -109,7 +109,9 @@ def read_demonstration(source: str, line: str, folder: Path, output: Path, limit
     if length < limits.least or (limits.most is not None and length > limits.most):
         raise LeftOut("length", f"{length} {'tokens' if limits.encoder else 'characters'}")
     if record.images:
-        row = row | {"images": [os.path.relpath(image, output) for image in record.images]}
+        paths = [Path(name) for name in row["images"]]
+        moved = [path if path.is_absolute() else os.path.relpath(folder / path, output) for path in paths]
+        row = row | {"images": [str(path) for path in moved]}
     question = normalized(" ".join(text_of([message]) for message in record.conversations[0][:-1]))
     return Demonstration(source, row, question, images, str(record.meta.get("specialty") or NO_SPECIALTY))
 
