@@ -179,8 +179,8 @@ def measure(case: Case, steps: dict[str, Step], rounds: int, console: Console) -
     return rows
 
 
-def environment() -> dict[str, str | int | bool]:
-    """What a reader needs to place the figures: commit, machine, versions, date."""
+def environment(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | int | bool]:
+    """What a reader needs to place the figures: commit, machine, versions (of `packages` too), date."""
 
     def git(*arguments: str) -> str:
         if not shutil.which("git"):
@@ -190,7 +190,7 @@ def environment() -> dict[str, str | int | bool]:
 
     cpuinfo = Path("/proc/cpuinfo").read_text()
     processor = cpuinfo.split("model name")[1].split("\n")[0].strip("\t: ") if "model name" in cpuinfo else "unknown"
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in packages}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "--short=12", "HEAD") or "none",

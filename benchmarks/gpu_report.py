@@ -1,9 +1,11 @@
-"""One call on a GPU machine: log-probabilities against fp64, their benchmark, and both stages for real in bf16.
+"""One call on a GPU machine: log-probabilities against fp64, their benchmark, a Stage II step beside TRL's, and both
+stages for real in bf16.
 
     python benchmarks/gpu_report.py --output benchmarks/results
 
-It needs torch, transformers and DeepSpeed, and of MedE2 only this checkout (the packages are linked where it is not
-installed). Without a GPU the same script runs on the CPU in fp32, in small sizes, to try it.
+It needs torch, transformers and DeepSpeed (and TRL, or that step is left out), and of MedE2 only this checkout (the
+packages are linked where it is not installed). Without a GPU the same script runs on the CPU in fp32, in small sizes,
+to try it.
 """
 
 import importlib.util
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import click
@@ -127,6 +129,20 @@ def benchmark(device: str, folder: Path) -> dict:
     return json.loads(run_logged([*command, *sizes]).splitlines()[-1])
 
 
+def step(device: str, folder: Path) -> dict | None:
+    """benchmarks/bench_step.py, without its variants: Stage II beside TRL's DPOTrainer on a model of Qwen2.5-VL-3B's
+    shape (a CPU: the smallest). Its headline, or what went wrong; None where there is no TRL."""
+    if importlib.util.find_spec("trl") is None:
+        return None
+    small = {"--model": "demo", "--dtype": "fp32", "--prompt": "64", "--answer": "16", "--pairs": "1", "--rounds": "1"}
+    sizes = ["--no-variants", *(chain(*small.items()) if device == "cpu" else ())]
+    command = [sys.executable, str(ROOT / "benchmarks/bench_step.py"), "--device", device, "--output", str(folder)]
+    try:
+        return json.loads(run_logged([*command, *sizes]).splitlines()[-1])
+    except subprocess.CalledProcessError as error:  # the other figures are worth their report
+        return {"error": str(error)}
+
+
 def stages(folder: Path, max_steps: int) -> list[dict]:
     """Both stages on the embedded default, one process, ZeRO-3: first and last losses, speed, memory."""
     results = []
@@ -178,12 +194,14 @@ def main(output: Path, max_steps: int) -> None:
             "numerics": numerics(device),
             "forward_rate": forward_rate(device),
             "benchmark": benchmark(device, output),
+            "step": step(device, output),
             "stages": stages(Path(scratch), max_steps),
         }
     card = place["gpu"].replace(" ", "-").lower() if device == "cuda" else "cpu"
     path = output / f"gpu_report-{card}-{place['date'][:10]}.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({"report": str(path), **{name: report[name] for name in ("forward_rate", "benchmark", "stages")}}))
+    shown = ("forward_rate", "benchmark", "step", "stages")
+    print(json.dumps({"report": str(path), **{name: report[name] for name in shown}}))
 
 
 if __name__ == "__main__":

@@ -73,9 +73,7 @@ def linear_logps(
     return (logps, entropy) if with_entropy else logps
 
 
-def choose_implementation(
-    implementation: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> str:
+def choose_implementation(implementation: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """The name in IMPLEMENTATIONS that `linear_logps` will run for this request, so that a caller can log it once.
 
     "auto" is "triton" for 16-bit tensors on CUDA where Triton is installed, else "torch", which runs on every device
@@ -89,9 +87,7 @@ def choose_implementation(
     has_triton = find_spec("triton") is not None
     if implementation == "auto":
         return "triton" if has_triton and device == "cuda" and dtype.itemsize == 2 else "torch"
-    if implementation == "triton" and not (
-        has_triton and _load_triton().runs_on(device) and dtype in TRITON_DTYPES
-    ):
+    if implementation == "triton" and not (has_triton and _load_triton().runs_on(device) and dtype in TRITON_DTYPES):
         raise ValueError(
             f"implementation: got 'triton' for {dtype} on {device}, where it does not run "
             "(it needs Triton, and CUDA or TRITON_INTERPRET=1 on a CPU, and fp32, bf16 or fp16); use 'auto'"

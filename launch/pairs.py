@@ -8,8 +8,13 @@ from mede2.trainer.commandline import fail
 
 COMMANDS = {  # each module has its click command under the name `command` and imports what is slow only when called
     "demo-cases": "demo_cases",
+    "demonstrations": "demonstrations",
     "sample": "sample",
     "judge": "judge",
+    "select": "select",
+    "corrupt": "corrupt",
+    "report": "report",
+    "check": "check",
 }
 
 

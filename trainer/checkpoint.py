@@ -45,8 +45,11 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 def save_checkpoint(
     engine: Engine, folder: Path, step: int, identity: dict[str, Any], objective: dict[str, float]
 ) -> Path:
-    """Write the state after `step` updates: weights, optimizer, every rank's random number generators, and what the
-    objective carries (its `state_dict`, the same on all ranks)."""
+    """Write the state after `step` updates: trained weights, optimizer, every rank's random number generators, and
+    what the objective carries (its `state_dict`, the same on all ranks).
+
+    What is frozen comes from the model folder again, whose hash is in the identity.
+    """
     world, final = engine.world, folder / f"step-{step:06d}"
     partial = folder / f".{final.name}.partial"
 
@@ -61,7 +64,7 @@ def save_checkpoint(
         os.rename(partial, final)
 
     world.on_main(make_room)
-    engine.deepspeed.save_checkpoint(folder, tag=partial.name, save_latest=False)
+    engine.deepspeed.save_checkpoint(folder, tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
     save_file(_generator_states(), partial / _generator_file(world.rank))
     world.barrier()  # all ranks have written
     world.on_main(complete)
@@ -79,7 +82,8 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
             f"resume: {checkpoint.path} was written by {checkpoint.world_size} ranks and cannot be continued by "
             f"{engine.world.size}; start as many, or start over with --resume never"
         )
-    loaded, _ = engine.deepspeed.load_checkpoint(checkpoint.path.parent, tag=checkpoint.path.name)
+    folder, tag = checkpoint.path.parent, checkpoint.path.name
+    loaded, _ = engine.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)
     if loaded is None:
         raise ValueError(f"resume: DeepSpeed finds nothing to load in {checkpoint.path}")
     states = load_file(checkpoint.path / _generator_file(engine.world.rank))

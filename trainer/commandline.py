@@ -7,7 +7,8 @@ import time
 
 import click
 
-from mede2.trainer.settings import FIELDS, STAGE_NAMES, parse_assignments, read_recipe, resolve
+from mede2.trainer.resolution import parse_assignments, read_recipe, resolve
+from mede2.trainer.settings import FIELDS, STAGE_NAMES
 
 FLAGS = (
     "model", "eval", "output", "epochs", "max_steps", "learning_rate", "beta", "global_batch_size", "micro_batch_size",

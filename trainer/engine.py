@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import Tensor
 
+from mede2.trainer.adapters import adapter_tensors, whole_tensors
 from mede2.trainer.losses import sum_by_sequence
-from mede2.trainer.policy import Policy
+from mede2.trainer.policy import Policy, part_of
 from mede2.trainer.settings import BatchArithmetic, Settings
 from mede2.trainer.world import World
 
@@ -33,6 +34,8 @@ OURS = {  # sections of a DeepSpeed file that would say again, or otherwise, wha
     "activation_checkpointing": "activation_checkpointing",
     "managed_gradient_accumulation": "global_batch_size and micro_batch_size",
 }
+BLOCK_8BIT = 256  # values that share a scale in bitsandbytes' 8-bit state
+MOMENTS_AT_ONCE = 2**20  # values looked at together; most tensors show one that is not zero at once
 
 
 class NonFiniteUpdate(RuntimeError):
@@ -115,10 +118,21 @@ def fill_deepspeed_config(
             _put(filled, field, value)
     if left := [field for field in _paths(filled) if _get(filled, field) == "auto"]:
         raise ValueError(f'--ds: {", ".join(left)}: no setting fills this "auto"; write a value')
+    stage = _get(filled, "zero_optimization.stage")
     offloads = settings.optimizer == "cpu_adam"
     if offloads and _get(filled, "zero_optimization.offload_optimizer.device") not in ("cpu", "nvme"):
         raise ValueError(
             "optimizer: cpu_adam needs zero_optimization.offload_optimizer.device cpu or nvme in the --ds file"
+        )
+    if settings.optimizer == "paged_adamw_8bit" and _get(filled, "zero_optimization.offload_optimizer"):
+        raise ValueError(
+            "optimizer: paged_adamw_8bit pages its state itself; remove zero_optimization.offload_optimizer from the "
+            "--ds file, or choose cpu_adam"
+        )
+    if settings.quantize and stage == 3:
+        raise ValueError(
+            f"quantize: ZeRO-3 cannot partition {settings.quantize} weights; name a --ds file of ZeRO-1 or ZeRO-2, "
+            "such as ds_configs/z2.json"
         )
     filled |= {
         "managed_gradient_accumulation": False,  # the loop's engine.update() is the accumulation boundary
@@ -129,6 +143,12 @@ def fill_deepspeed_config(
     return filled
 
 
+def on_nvme(config: Mapping[str, Any]) -> set[str]:
+    """Which of "optimizer" and "param" a configuration offloads to NVMe."""
+    sections = {what: f"zero_optimization.offload_{what}.device" for what in ("optimizer", "param")}
+    return {what for what, field in sections.items() if _get(config, field) == "nvme"}
+
+
 def check_nvme(config: Mapping[str, Any], *, resumes: bool = False) -> None:
     """What an offload to NVMe needs, and cannot do.
 
@@ -136,13 +156,12 @@ def check_nvme(config: Mapping[str, Any], *, resumes: bool = False) -> None:
         ValueError: the run would continue with its optimizer on NVMe, which DeepSpeed 0.19 loads without a word and
             with other weights; or DeepSpeed cannot build the operator, for want of libaio.
     """
-    optimizer, params = (_get(config, f"zero_optimization.offload_{what}.device") for what in ("optimizer", "param"))
-    if resumes and optimizer == "nvme":
+    if resumes and "optimizer" in on_nvme(config):
         raise ValueError(
             "resume: a run with its optimizer on NVMe cannot be continued; start over with --resume never, or with "
             "zero_optimization.offload_optimizer.device cpu in the --ds file"
         )
-    if "nvme" in (optimizer, params) and not AsyncIOBuilder().is_compatible(verbose=False):
+    if on_nvme(config) and not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError("nvme_path: DeepSpeed's offload to NVMe needs libaio with its headers (Debian: libaio-dev)")
 
 
@@ -167,25 +186,32 @@ def _paths(config: Mapping, prefix: str = ""):
             yield prefix + key
 
 
-def make_optimizer(policy: Policy, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
-    """Adam over the trained parameters; weights of two and more dimensions decay, norms and biases do not."""
-    decayed, kept = [], []
-    for parameter in policy.parameters():
+def make_optimizer(policy: Policy, settings: Settings) -> torch.optim.Optimizer:
+    """Adam over the trained parameters; weights of two and more dimensions decay, norms and biases do not.
+
+    Each group holds its `lr_ratio`: its part's learning rate as a share of the main one.
+    """
+    rates = {"vision_tower": settings.vision_tower_lr, "merger": settings.merger_lr}
+    groups: dict[tuple[float, float], list] = {}
+    for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
+            rate = rates.get(part_of(name)) or settings.learning_rate
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            (decayed if dimensions > 1 else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+            groups.setdefault((rate, settings.weight_decay if dimensions > 1 else 0.0), []).append(parameter)
+    groups = [
+        {"params": parameters, "lr": rate, "lr_ratio": rate / settings.learning_rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
     common = dict(
         lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon
     )
-    groups = [group for group in groups if group["params"]]
-    if settings.optimizer == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
+    if settings.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-        return AdamW8bit(groups, **common)
+        return (AdamW8bit if settings.optimizer == "adamw_8bit" else PagedAdamW8bit)(groups, **common)
     if settings.optimizer == "cpu_adam":
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-    return torch.optim.AdamW(groups, fused=device.type == "cuda", **common)
+    return torch.optim.AdamW(groups, fused=True, **common)
 
 
 class Engine:
@@ -226,8 +252,9 @@ class Engine:
         return sum_by_sequence(logps, micro_batch.sequence, len(micro_batch.weights))
 
     def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the main learning rate; the parts that have their own keep their ratio to it."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_ratio"]
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this rank's share of a loss that is a sum over all ranks and micro-batches.
@@ -251,17 +278,58 @@ class Engine:
             raise NonFiniteUpdate("the gradient norm is not finite")
         return norm
 
-    def state_dict(self) -> dict[str, Tensor] | None:
-        """The whole model on rank 0's host under transformers' names, None elsewhere. All ranks call it."""
+    def state_dict(self, adapter_only: bool = False) -> dict[str, Tensor] | None:
+        """The whole model, an adapter merged into it, on rank 0's host under transformers' names; None elsewhere. All
+        ranks call it; each tensor is gathered by itself, and the frozen ones of `adapter_only` not at all."""
+        state, names = {}, {}
+        for name, parameters, value in (adapter_tensors if adapter_only else whole_tensors)(self.policy.model):
+            first = names.setdefault(id(parameters[0]), name)
+            if first != name:  # tied
+                state[name] = state[first]
+                continue
+            with deepspeed.zero.GatheredParameters(parameters):  # nothing to do for what ZeRO-3 did not partition
+                state[name] = value().to("cpu", copy=True) if self.world.is_main else None
+        return state if self.world.is_main else None
+
+    def weights(self) -> Iterator[tuple[str, torch.nn.Parameter, Tensor]]:
+        """Name (transformers'), parameter, and what this rank holds of its values; all ranks in the same order."""
+        for name, parameter in self.policy.named_parameters():
+            yield name.removeprefix("model."), parameter, getattr(parameter, "ds_tensor", parameter).detach()
+
+    def has_moment(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether Adam's first moment of a trained parameter, as far as this rank holds it, is anywhere not zero.
+
+        The optimizer's own state is asked, as neither a gradient nor 16-bit weights tell: a gradient may not reach the
+        optimizer, and 16 bits hide small updates.
+        """
+        zero = self.deepspeed.optimizer
         if self.deepspeed.zero_optimization_stage() == 3:
-            state = self.deepspeed._zero3_consolidated_16bit_state_dict()
+            group, start, count = zero.grad_position[zero.get_param_id(parameter)]
+            flat = zero.fp32_partitioned_groups_flat[group]
         else:
-            state = self.policy.state_dict()
-        if not self.world.is_main:
-            return None
-        return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+            place = parameter._hp_mapping  # None: this rank holds nothing of it
+            if place is None:
+                return False
+            start, count = place.hp_fragment_address.start, place.hp_fragment_address.numel
+            flats = getattr(zero, "single_partition_of_fp32_groups", None)  # ZeRO-1 in bf16 has another optimizer
+            flat = (flats or zero.fp32_groups_flat_partition)[place.param_group_index]
+        state = zero.optimizer.state[flat]
+        moments = state["exp_avg" if "exp_avg" in state else "state1"].view(-1)
+        for first in range(start, start + count, MOMENTS_AT_ONCE):
+            here = slice(first, min(first + MOMENTS_AT_ONCE, start + count))
+            values = moments[here]
+            if values.dtype == torch.uint8:  # codes of bitsandbytes, with a scale for each block
+                blocks = torch.arange(here.start, here.stop, device=values.device) // BLOCK_8BIT
+                values = state["qmap1"][values.long()] * state["absmax1"][blocks]
+            if values.any():
+                return True
+        return False
 
     def close(self) -> None:
-        """Free the engine's memory."""
+        """Free the engine's memory. DeepSpeed's own references to the parameters outlive it, so they are emptied."""
         self.deepspeed.destroy()
+        for parameter in self.policy.parameters():
+            for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
+                if tensor is not None:
+                    tensor.data = tensor.data.new_empty(0)
         self.deepspeed = self.policy = self.optimizer = None

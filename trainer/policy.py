@@ -9,12 +9,14 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from mede2.kernels.logps import linear_logps
 from mede2.trainer.activations import Offload
+from mede2.trainer.adapters import add_adapter, is_adapter, targets
 from mede2.trainer.attention import branch_mask
+from mede2.trainer.settings import Settings
 
 PARTS = ("language_model", "vision_tower", "merger")
 VISION_NAMES = ("visual", "vision_tower")  # Qwen; InternVL and most others
@@ -95,6 +97,8 @@ def load_policy(
     deepspeed_config: dict | None = None,
     activation_checkpointing: bool = False,
     activation_offload: bool = False,
+    adapter: Settings | Path | None = None,
+    quantize: str | None = None,
 ) -> Policy:
     """Load a model folder.
 
@@ -107,6 +111,8 @@ def load_policy(
             ranks, parameter by parameter: no device holds it whole, and only rank 0 reads the weights.
         activation_checkpointing: recompute activations in backward.
         activation_offload: and keep what that needs in host memory.
+        adapter: to put on the language model: the settings of a new one, or the folder of a saved one.
+        quantize: "nf4": hold the weights of the language model's linear layers in 4 bits, and compute in `dtype`.
 
     Raises:
         ValueError: the folder does not load as an image-text model, or its weights are not those of its config.
@@ -116,8 +122,24 @@ def load_policy(
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # over the process group that is there
         set_hf_deepspeed_config(stage3)
     try:
+        model = _load_model(folder, dtype, attention, nf4_config(dtype) if quantize else None)
+        if adapter is not None:
+            add_adapter(model, adapter, language_linears(model), dtype)
+    finally:
+        unset_hf_deepspeed_config()
+    if activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(model, implementation)
+    if activation_offload:
+        policy.offload = Offload(model)
+    return policy
+
+
+def _load_model(folder: Path, dtype: torch.dtype, attention: str, quantization: BitsAndBytesConfig | None) -> nn.Module:
+    try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, dtype=dtype, attn_implementation=attention, quantization_config=quantization,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"model: {folder} does not load: {error}") from error
@@ -125,8 +147,6 @@ def load_policy(
         if "size mismatch" not in str(error):  # as it is told under ZeRO-3
             raise
         raise ValueError(f"model: {folder} has weights of other shapes than its config.json says: {error}") from error
-    finally:
-        unset_hf_deepspeed_config()
     if missing := sorted(_untied(model, info["missing_keys"])):
         raise ValueError(f"model: {folder} lacks weights: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
     if mismatched := sorted(info["mismatched_keys"]):
@@ -135,12 +155,34 @@ def load_policy(
             f"model: {folder} has weights of other shapes than its config.json says: {name} is {tuple(there)}, "
             f"not {tuple(wanted)}{', and others' if mismatched[1:] else ''}"
         )
-    if activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model, implementation)
-    if activation_offload:
-        policy.offload = Offload(model)
-    return policy
+    for module in model.modules() if quantization else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # in evaluation it would round the scales, and for good
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def check_adapter(config: transformers.PreTrainedConfig, settings: Settings) -> None:
+    """Raises a ValueError for an adapter that the settings ask for and a model of this config cannot carry."""
+    with torch.device("meta"):
+        targets(settings.lora_target_modules, language_linears(AutoModelForImageTextToText.from_config(config)))
+
+
+def language_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers that an adapter may sit on: those of the language model, without the head."""
+    head = model.get_output_embeddings()
+    return [
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and part_of(name) == "language_model"
+    ]  # fmt: skip
+
+
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NormalFloat, its scales quantized too (QLoRA, arXiv 2305.14314); not the head, the tower and the merger."""
+    kept = "|".join((*VISION_NAMES, *MERGER_NAMES, "lm_head"))
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[rf"(?:.*\.)?(?:{kept})"],
+    )  # fmt: skip
 
 
 def _zero_stage(deepspeed_config: dict) -> int:
@@ -164,15 +206,20 @@ def part_of(name: str) -> str:
 def freeze(policy: Policy, trained: Mapping[str, bool]) -> dict[str, int]:
     """Let only the named parts train; returns the number of trained parameters of each part.
 
+    Of a language model that carries an adapter, the adapter alone trains.
+
     Args:
         policy: the model.
         trained: for each of PARTS whether it trains.
     """
     counts = dict.fromkeys(PARTS, 0)
-    for name, parameter in policy.named_parameters():
+    named = dict(policy.named_parameters())
+    adapted = any(map(is_adapter, named))
+    for name, parameter in named.items():
         part = part_of(name)
-        parameter.requires_grad_(trained[part])
-        counts[part] += trained[part] * getattr(parameter, "ds_numel", parameter.numel())
+        trains = trained[part] and (part != "language_model" or is_adapter(name) or not adapted)
+        parameter.requires_grad_(trains)
+        counts[part] += trains * getattr(parameter, "ds_numel", parameter.numel())
     return counts
 
 

@@ -19,11 +19,14 @@ from mede2.trainer.data.encoding import Encoder
 from mede2.trainer.data.layout import Layout
 from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
+from mede2.trainer.data.remarks import briefly
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
-from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Resolved, Settings
+from mede2.trainer.policy import check_adapter
+from mede2.trainer.resolution import Resolved
+from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Settings
 from mede2.trainer.world import World
 
 SUMMARY = "summary.json"  # of an output folder; written last: the run is done
@@ -99,8 +102,11 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     if settings.train_merger and not train_set.has_images:
         raise ValueError("train_merger: no training record has an image")
 
-    text_config = AutoConfig.from_pretrained(model).get_text_config()
+    model_config = AutoConfig.from_pretrained(model)
+    text_config = model_config.get_text_config()
     _check_attention(settings, resolved.stage, text_config)
+    if settings.lora_rank:
+        check_adapter(model_config, settings)
     positions = Positions(model)
 
     def batches(dataset: DataSet, seed: int | None, corrupted: bool) -> Batches:
@@ -182,8 +188,13 @@ def describe(run: Prepared) -> list[str]:
     lines = [STAGE_NAMES[run.stage]]
     lines += [f"  {name:<{width}}  {json.dumps(value)}  ({origin})" for name, value, origin in run.resolved.described()]
     lines.append(f"train: {run.train.dataset}")
+    lines += briefly(run.train.dataset.remarks)
     if run.held_out:
         lines.append(f"eval: {run.held_out.dataset}")
+        lines += briefly(run.held_out.dataset.remarks)
+        trained_on = {example.digest for example in run.train.dataset.examples}
+        if both := sum(example.digest in trained_on for example in run.held_out.dataset.examples):
+            lines.append(f"warning: held-out rows that are trained on, too: {both}")
     lines.append(f"batch: {run.batch}; {run.train.sampler.steps_per_epoch} updates an epoch, {run.num_steps} in all")
     vision = "runs in every micro-batch" if run.train.dataset.has_images else "does not run (no record has an image)"
     lines.append(

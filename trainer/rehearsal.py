@@ -9,19 +9,16 @@ from mede2.trainer.objectives import Objective
 
 def heaviest(batches: Batches, steps: range) -> tuple[int, int]:
     """The update and the number of the micro-batch in which some rank runs the most tokens, padding counted."""
-    sampler, most, found = batches.sampler, -1, (0, 0)
-    for step in steps:
-        of_ranks = [sampler.micro_batches(step, rank) for rank in range(batches.world.size)]
-        for number, slots in ((n, slots) for plan in of_ranks for n, slots in enumerate(plan)):
-            tokens = sampler.num_computed(slots)
-            if tokens > most:
-                most, found = tokens, (step, number)
-    return found
+    sampler = batches.sampler
+    _, step, turn = max(
+        (sampler.num_computed(slots), -step, -turn) for step in steps for turn, slots in enumerate(sampler.turns(step))
+    )  # the first of equals
+    return -step, -turn // batches.world.size
 
 
 def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: range) -> None:
     """Forward and backward of the heaviest micro-batch, its loss times zero: nothing is updated, and the gradients that
-    the first update finds are zeros.
+    the first update finds are zeros; what dropout draws is given back.
 
     Raises:
         ValueError: it does not fit into memory; names its rows and what would help.
@@ -31,11 +28,12 @@ def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: rang
     slots = batches.sampler.micro_batches(step, batches.world.rank)[number]
     micro_batch = batches.collator(batches.dataset.examples, slots).to(engine.world.device, engine.dtype)
     try:
-        loss, _ = objective(engine(micro_batch), micro_batch, batches.totals(step))
-        suspects = () if torch.isfinite(loss) else micro_batch.sources
-        if rows := sorted({row for part in engine.world.gather(suspects) for row in part}):
-            raise NonFiniteUpdate(f"before the first update the loss is not finite; rows: {', '.join(rows)}")
-        engine.backward(loss * 0.0)
+        with torch.random.fork_rng([engine.world.device] if engine.world.device.type == "cuda" else []):
+            loss, _ = objective(engine(micro_batch), micro_batch, batches.totals(step))
+            suspects = () if torch.isfinite(loss) else micro_batch.sources
+            if rows := sorted({row for part in engine.world.gather(suspects) for row in part}):
+                raise NonFiniteUpdate(f"before the first update the loss is not finite; rows: {', '.join(rows)}")
+            engine.backward(loss * 0.0)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise

@@ -14,16 +14,18 @@ from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.dataset import write_bad_rows
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.demo import defaults
-from mede2.trainer.engine import Engine, check_nvme, make_optimizer
+from mede2.trainer.engine import Engine, check_nvme, make_optimizer, on_nvme
 from mede2.trainer.export import compare, export, model_card, publish
 from mede2.trainer.files import hash_json, write_json, write_text
 from mede2.trainer.loop import evaluate, train
 from mede2.trainer.metrics import Metrics, read_metrics
+from mede2.trainer.moved import MovedCheck
 from mede2.trainer.objectives import Enhance, Objective, elicit
 from mede2.trainer.policy import PARTS, Policy, freeze, load_policy
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
 from mede2.trainer.rehearsal import rehearse
-from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Resolved, resolve
+from mede2.trainer.resolution import Resolved, resolve
+from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Settings
 from mede2.trainer.weights_and_biases import check_wandb, start_wandb, started_run
 from mede2.trainer.world import World
 
@@ -61,7 +63,7 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     world.on_main(lambda: _write_inputs(run))
     if run.settings.wandb:
         world.on_main(lambda: start_wandb(run.settings, output, STAGE_NAMES[run.stage]))
-    torch.manual_seed(run.settings.seed)
+    torch.manual_seed(run.settings.seed + world.rank)  # dropout differs from rank to rank
 
     objective, held_out_objective, engine = _objectives_and_engine(run)
     first_step = 0
@@ -174,6 +176,7 @@ def _reference_components(run: Prepared, batches: Batches) -> dict[str, str]:
         "corruption": str(batches.collator.corruption),
         "dtype": str(run.dtype),
         "attention": run.settings.attention,
+        "quantize": str(run.settings.quantize),
         "log-probabilities": run.implementation,
         "device": run.world.device.type,
         "torch": version("torch"),
@@ -183,10 +186,11 @@ def _reference_components(run: Prepared, batches: Batches) -> dict[str, str]:
 
 def _engine(run: Prepared) -> Engine:
     """The policy, sharded, with its optimizer."""
-    policy = _load(run, run.model)
+    adapter = run.settings if run.settings.lora_rank else None
+    policy = _load(run, run.model, adapter=adapter, quantize=run.settings.quantize)
     counts = freeze(policy, {part: getattr(run.settings, f"train_{part}") for part in PARTS})
     run.world.say("trained parameters: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
-    return Engine(policy, run.config, run.world, run.dtype, make_optimizer(policy, run.settings, run.world.device))
+    return Engine(policy, run.config, run.world, run.dtype, make_optimizer(policy, run.settings))
 
 
 def _reference_engine(run: Prepared) -> Engine:
@@ -195,14 +199,15 @@ def _reference_engine(run: Prepared) -> Engine:
     theirs = hash_json(describe_processor(load_processor(folder, run.settings.max_pixels)))
     if theirs != run.identity["processor"]:
         raise ValueError(f"reference: {folder} has another tokenizer, template or image processor than {run.model}")
-    return Engine(_load(run, folder), run.config, run.world, run.dtype)
+    return Engine(_load(run, folder, quantize=run.settings.quantize), run.config, run.world, run.dtype)
 
 
-def _load(run: Prepared, folder: Path) -> Policy:
+def _load(run: Prepared, folder: Path, adapter: Settings | Path | None = None, quantize: str | None = None) -> Policy:
     return load_policy(
         folder, dtype=run.dtype, attention=run.settings.attention, implementation=run.implementation,
         deepspeed_config=run.config, activation_checkpointing=run.settings.activation_checkpointing,
         activation_offload=run.settings.activation_offload,
+        adapter=adapter, quantize=quantize,
     )  # fmt: skip
 
 
@@ -215,6 +220,9 @@ def _train(
     if world.is_main:
         tracker = started_run() if settings.wandb else None
         watch = Metrics(run.output, first_step, run.num_steps, f"stage {run.stage}", tracker)
+    check_moved = None if on_nvme(run.config) else MovedCheck(engine)
+    if check_moved is None:
+        world.say("offload to NVMe: whether all that trains moves is not checked")
 
     def before_update(step: int, metrics: dict[str, float]) -> None:
         gap = metrics.pop("rewards/margins_abs", 0.0)
@@ -227,6 +235,8 @@ def _train(
     def after_update(step: int, metrics: dict[str, float]) -> None:
         done = step + 1
         seconds = watch.lap() if watch else 0.0
+        if check_moved:
+            check_moved(has_image=run.train.totals(step).num_with_image > 0)
         metrics["epoch"] = done / run.train.sampler.steps_per_epoch
         if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
             metrics |= evaluate(engine, held_out_objective, run.held_out)
@@ -257,15 +267,24 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     probe = next(run.train.micro_batches(0)).to(world.device, engine.dtype)
     partial = run.output / ".export.partial"
     inputs = {name: run.identity[name] for name in ("model", "train", "eval", "reference") if run.identity[name]}
-    card = model_card(STAGE_NAMES[run.stage], run.settings.as_dict(), {"started from": str(run.model), **inputs}, last)
+    settings, adapter_of = run.settings, None
+    if settings.lora_rank and not settings.merge_adapter:  # named as transformers finds it from anywhere
+        adapter_of = str(run.model.resolve()) if Path(settings.model).is_dir() else settings.model
+    card = model_card(
+        STAGE_NAMES[run.stage], settings.as_dict(), {"started from": str(run.model), **inputs}, last, adapter_of
+    )
     engine.deepspeed.eval()
     with torch.no_grad():
         of_engine = engine(probe)
-    export(engine, run.model, partial, run.settings.max_pixels, card)
-    again = Engine(_load(run, partial), run.config, world, run.dtype)
+    export(
+        engine, run.model, partial, settings.max_pixels, card, max_shard_gb=settings.max_shard_gb, adapter_of=adapter_of
+    )
+    parts = (run.model, partial, settings.quantize) if adapter_of else (partial, None, None)
+    again = Engine(_load(run, *parts), run.config, world, run.dtype)
     with torch.no_grad():
         of_export = again(probe)
-    difference = compare(of_engine, of_export, engine.dtype, world)
+    merged = bool(settings.lora_rank) and adapter_of is None
+    difference = compare(of_engine, of_export, engine.dtype, world, merged)
     again.close()
     world.on_main(lambda: publish(partial, run.output))
     return difference

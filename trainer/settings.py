@@ -1,19 +1,16 @@
-"""Typed settings of both stages: flags over recipe over defaults, each value with where it came from."""
+"""Every setting of both stages: its type, default, help, and the values that it may take."""
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 ELICIT, ENHANCE = 1, 2
 STAGE_NAMES = {ELICIT: "Stage I (elicit)", ENHANCE: "Stage II (enhance)"}
+OF_ADAPTERS = (
+    "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "quantize", "merge_adapter",
+)  # fmt: skip
 
 CORRUPTIONS = ("crop", "blank", "noise", "shuffle")
 _OF_REFERENCE = ("beta", "reference", "reference_cache")
@@ -147,8 +144,9 @@ class Settings:
     )
     optimizer: str = _setting(
         "adamw",
-        "adamw: torch; adamw_8bit: bitsandbytes; cpu_adam: DeepSpeed's, for offload.",
-        choices=("adamw", "adamw_8bit", "cpu_adam"),
+        "adamw: torch; adamw_8bit: bitsandbytes; paged_adamw_8bit: the same, its state moving to host memory when the "
+        "device is full; cpu_adam: DeepSpeed's, for offload.",
+        choices=("adamw", "adamw_8bit", "paged_adamw_8bit", "cpu_adam"),
     )
     adam_beta1: float = _setting(0.9, "Adam's first decay rate.", at_least=0, below=1)
     adam_beta2: float = _setting(0.95, "Adam's second decay rate.", at_least=0, below=1)
@@ -187,6 +185,41 @@ class Settings:
     train_language_model: bool = _setting(True, "Train the language model and its head.")
     train_vision_tower: bool = _setting(False, "Train the vision tower.")
     train_merger: bool = _setting(False, "Train the merger between vision tower and language model.")
+    vision_tower_lr: float | None = _setting(
+        None, "Peak learning rate of the vision tower; unset: learning_rate. The schedule's shape is the same.", above=0
+    )
+    merger_lr: float | None = _setting(None, "Peak learning rate of the merger; unset: learning_rate.", above=0)
+    lora_rank: int = _setting(
+        0, "Rank of a LoRA adapter that trains in place of the language model (0: none).", at_least=0
+    )
+    lora_alpha: int = _setting(
+        32, "The adapter counts alpha / rank times (with use_rslora: alpha / sqrt(rank) times).", at_least=1
+    )
+    lora_dropout: float = _setting(0.0, "Dropout before the adapter, in training only.", at_least=0, below=1)
+    lora_target_modules: tuple[str, ...] = _setting(
+        ("all-linear",),
+        "Linear layers of the language model that get one, such as q_proj; all-linear: each but the head.",
+    )
+    use_rslora: bool = _setting(False, "Rank-stabilized LoRA: another scale, see lora_alpha.")
+    use_dora: bool = _setting(False, "DoRA: the norms of the adapted weights' rows train too.")
+    quantize: str | None = _setting(
+        None,
+        "nf4: hold the language model's frozen linear layers in 4 bits (QLoRA; a reference model too); needs lora_rank "
+        "and ZeRO-1 or ZeRO-2.",
+        choices=("nf4",),
+    )
+    merge_adapter: bool = _setting(
+        True,
+        "Write the whole model with the adapter merged in, which Stage II starts from and servers load; false: write "
+        "the adapter alone, as peft loads it.",
+        harmless=True,
+    )
+    max_shard_gb: float = _setting(
+        5.0,
+        "Largest safetensors file of the model written, 1e9 bytes; a larger model is split.",
+        above=0,
+        harmless=True,
+    )
     grey_window: tuple[float, float] | None = _setting(
         None, "Low and high intensity of 16-bit grey images, shown as black and white; unset: such images are refused."
     )
@@ -211,7 +244,31 @@ class Settings:
             raise ValueError(
                 "train_language_model, train_vision_tower and train_merger are all false: nothing would train"
             )
+        for name in ("vision_tower", "merger"):
+            if getattr(self, f"{name}_lr") is not None and not getattr(self, f"train_{name}"):
+                raise ValueError(f"{name}_lr: the {name} does not train; set train_{name}=true or leave {name}_lr out")
+        self._check_adapter()
         self._check_objective()
+
+    def _check_adapter(self) -> None:
+        if not self.lora_rank:
+            for name in OF_ADAPTERS:
+                if (value := getattr(self, name)) != _default(FIELDS[name]):
+                    raise ValueError(f"{name}: {value!r} has a meaning only with an adapter; set lora_rank, such as 16")
+            return
+        if not self.lora_target_modules:
+            raise ValueError("lora_target_modules: empty; name layers, or all-linear")
+        if not self.train_language_model:
+            raise ValueError(
+                f"lora_rank: {self.lora_rank} puts an adapter on the language model, but train_language_model is "
+                "false; set lora_rank=0 or train_language_model=true"
+            )
+        for part in ("vision_tower", "merger"):
+            if getattr(self, f"train_{part}") and not self.merge_adapter:
+                raise ValueError(
+                    f"merge_adapter: false writes the adapter of the language model alone, and the trained {part} "
+                    f"would be lost; set merge_adapter=true or train_{part}=false"
+                )
 
     def _check_objective(self) -> None:
         mix = ", ".join(self.objective)
@@ -240,8 +297,11 @@ class Settings:
         }
 
 
+def _default(item: dataclasses.Field) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
 FIELDS = {item.name: item for item in fields(Settings)}
-_TYPES = typing.get_type_hints(Settings)
 
 
 def _check_value(item, value) -> None:
@@ -270,132 +330,6 @@ def _parts(name: str, value) -> list[tuple[str, Any]]:
     if isinstance(value, Mapping):
         return [(f"{name}.{key}", part) for key, part in value.items()]
     return [(name, part) for part in value] if isinstance(value, tuple) else [(name, value)]
-
-
-def _convert(name: str, value: Any, source: str) -> Any:
-    """`value` in the type of the field `name`, or a ValueError; no lossy conversion (1.5 is no int, "yes" no float)."""
-    wanted = _TYPES[name]
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if value is None and type(None) in options:
-        return None
-    kind = next(option for option in options if option is not type(None))
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        inner = typing.get_args(kind)
-        values = [value] if isinstance(value, str) else value
-        fits = isinstance(values, (list, tuple)) and (inner[-1] is Ellipsis or len(values) == len(inner))
-        if fits and inner[0] is str and all(isinstance(v, str) for v in values):
-            return tuple(values)
-        if fits and inner[0] is float and all(_is_number(v) for v in values):
-            return tuple(float(v) for v in values)
-    elif origin is Mapping:
-        if isinstance(value, Mapping) and all(isinstance(k, str) and _is_number(v) for k, v in value.items()):
-            return {k: float(v) for k, v in value.items()}
-    elif (kind is float and _is_number(value)) or (kind is int and _is_number(value) and float(value).is_integer()):
-        return int(float(value)) if kind is int and isinstance(value, str) else kind(value)  # "1e3" is a whole number
-    elif kind in (bool, str) and isinstance(value, kind):
-        return value
-    raise ValueError(f"{name}: {value!r} (from {source}) is not {_describe(kind)}")
-
-
-def _is_number(value: Any) -> bool:
-    """YAML 1.1 reads `1e-5` as text; such text counts as the number that it plainly is."""
-    if isinstance(value, str):
-        try:
-            float(value)
-        except ValueError:
-            return False
-        return True
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _describe(kind) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if kind in names:
-        return names[kind]
-    if typing.get_origin(kind) is Mapping:
-        return "a mapping from names to numbers"
-    inner = typing.get_args(kind)
-    return f"a list of {'texts' if inner[0] is str else 'numbers'}" + (
-        "" if inner[-1] is Ellipsis else f" of length {len(inner)}"
-    )
-
-
-def _check_known(name: str, stage: int, source: str) -> None:
-    if name not in FIELDS:
-        close = difflib.get_close_matches(name, FIELDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(FIELDS)}"
-        raise ValueError(f"{name}: unknown setting (from {source}){hint}")
-    only = FIELDS[name].metadata["stage"]
-    if only not in (None, stage):
-        raise ValueError(f"{name}: has a meaning only in {STAGE_NAMES[only]} (from {source})")
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """A recipe: a YAML mapping from setting to value."""
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"recipe: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe: {path} is not YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"recipe: {path} must hold `setting: value` lines, not {type(recipe).__name__}")
-    return recipe
-
-
-def parse_assignments(assignments: typing.Iterable[str]) -> dict[str, Any]:
-    """`("weight_decay=0.1", ...)` as a mapping; the values are read as YAML."""
-    values = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"--set {assignment}: write key=value")
-        if name in values:
-            raise ValueError(f"{name}: set twice by --set")
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {assignment}: the value is not YAML") from error
-    return values
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """Settings of a stage and, per field, where the value came from ("flag", "recipe FILE", "default", ...)."""
-
-    stage: int
-    settings: Settings
-    origins: Mapping[str, str]
-
-    def described(self) -> list[tuple[str, Any, str]]:
-        """Rows of (field, value, origin), leaving out fields that have no meaning in this stage."""
-        return [
-            (name, value, self.origins[name])
-            for name, value in self.settings.as_dict().items()
-            if FIELDS[name].metadata["stage"] in (None, self.stage)
-        ]
-
-    def replaced(self, origin: str, **values) -> "Resolved":
-        """The same with some values computed later (`model: demo` resolved to a folder), and their origin."""
-        return Resolved(
-            self.stage, dataclasses.replace(self.settings, **values), {**self.origins, **dict.fromkeys(values, origin)}
-        )
-
-
-def resolve(stage: int, layers: typing.Sequence[tuple[str, Mapping[str, Any]]]) -> Resolved:
-    """Merge layers of (origin, {setting: value}), the first one weakest, over the defaults.
-
-    Raises ValueError for an unknown setting, one without a meaning in this stage, or an impossible value.
-    """
-    values: dict[str, Any] = {}
-    origins = dict.fromkeys(FIELDS, "default")
-    for origin, layer in layers:
-        for name, value in layer.items():
-            _check_known(str(name), stage, origin)
-            values[name] = _convert(name, value, origin)
-            origins[name] = origin
-    return Resolved(stage, Settings(**values), origins)
 
 
 @dataclass(frozen=True)

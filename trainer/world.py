@@ -62,6 +62,11 @@ class World:
     def barrier(self) -> None:
         torch.distributed.barrier()
 
+    def leave(self) -> None:
+        """End the group, the last thing that its ranks do together. A process that ends without it now and then aborts
+        in the group's own threads."""
+        torch.distributed.destroy_process_group()
+
 
 def join_world(timeout_minutes: int = 30) -> World:
     """Join the ranks that the launcher started (`deepspeed`, `torchrun`, SLURM), or be the only one.

@@ -118,3 +118,32 @@ def test_killed_at_a_random_moment_it_continues_as_if_nothing_had_happened(stage
     done = run("deepspeed", *command, *cache, LOCAL_SIZE="2")
     assert f"found in {stage1.parent / 'reference_cache'}" in done.stdout
     assert losses(output) == losses(stage2), f"killed after {wanted}"
+
+
+def test_everything_at_once_resumes_to_the_same_numbers(stage1, records, run):
+    """Two ranks, packed rows, shared prefix, an adapter, 8-bit Adam and a mixed objective."""
+    together = (
+        "--set", "pack_length=600", "--set", "micro_batch_size=1", "--set", "lora_rank=8", "--set",
+        "optimizer=adamw_8bit", "--set", "corruption=crop", "--set",
+        "objective={sigmoid: 0.6, bco_pair_shifted: 0.2, image_conditional: 0.2, nll: 1}",
+    )  # fmt: skip
+    shared = tuple(part for part in SMALL if part not in ("--micro-batch-size", "4"))
+    files = ("--train", records["stage2"], "--eval", records["stage2"])
+    command = (
+        "launch/stage2.py", "--ds", DS, "--model", str(stage1), *files,
+        "--epochs", "2", "--save-every", "2", *shared, *together,
+    )  # fmt: skip
+    whole, again = stage1.parent / "together" / "stage2", stage1.parent / "together" / "again"
+    done = run("deepspeed", *command, "--output", str(whole), LOCAL_SIZE="2")
+    assert "trained parameters: language_model" in done.stdout
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss/sigmoid"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert "eval/image_gap" in rows[-1]
+
+    checkpoint = whole / "checkpoints" / "step-000002"
+    run("deepspeed", *command, "--output", str(again), "--resume", str(checkpoint), LOCAL_SIZE="2")
+    resumed = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in resumed] == [row["step"] for row in rows[2:]]
+    for name in ("loss", "grad_norm", "rewards/margins", "rewards/shift", "image_gap"):
+        assert [row[name] for row in resumed] == [row[name] for row in rows[2:]], name

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 TWO_RANKS = (
     "frozen_elicit", "loss_nan_z3", "gradient_inf_z3", "gradient_nan_z3_bf16",
     "gradient_nan_z2", "gradient_nan_z2_bf16", "bf16", "resume", "export_tied_z3", "export_untied_z3",
-    "export_tied_z2", "reference_cache", "unrehearsed", "rehearsed",
+    "export_tied_z2", "reference_cache", "unrehearsed", "rehearsed", "closed",
 )  # fmt: skip
 EXPORTS = [("tied", "z3"), ("untied", "z3"), ("tied", "z2")]
 
@@ -165,3 +165,12 @@ def test_what_does_not_fit_into_memory_is_named_before_the_first_update(one):
     message = one["out_of_memory"]
     assert message.startswith("out of memory in the longest micro-batch, 1 x ")
     assert "long.jsonl:2: lower micro_batch_size" in message
+
+
+@pytest.mark.parametrize("zero", ["z2", "z3"])
+def test_a_closed_engine_holds_no_weights(two, zero):
+    """The reference model's, say, while the policy trains."""
+    for results in two:
+        before, after = results["closed"][zero]
+        assert before > 500_000
+        assert after == 0

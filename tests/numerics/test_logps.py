@@ -136,9 +136,7 @@ def test_as_exact_as_eager(shape, ignored, with_bias, dtype, chunks_of):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_triton_as_exact_as_eager(shape, ignored, dtype, chunks_of):
     chunks_of(300)
-    assert_as_exact_as_eager(
-        make_inputs(shape, dtype, ignored=ignored), partial(linear_logps, implementation="triton")
-    )
+    assert_as_exact_as_eager(make_inputs(shape, dtype, ignored=ignored), partial(linear_logps, implementation="triton"))
 
 
 @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"with_entropy": True}, {"softcap": 5.0, "with_entropy": True}])

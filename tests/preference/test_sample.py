@@ -267,7 +267,7 @@ def test_two_ranks_go_on_where_one_stopped_and_write_what_one_writes(pairs, demo
     """One process makes 3 answers a case. Two ranks of the real command, with a journal that holds the first batches
     and a torn line, write the same file to the byte."""
     jobs = plan(read_cases(demo_cases), 3, 0, None)
-    sample_here(jobs, tmp_path / "one.jsonl", str(BASE_MODEL), HERE, batch_size=8, max_pixels=None)
+    sample_here(jobs, tmp_path / "one.jsonl", str(BASE_MODEL), HERE, batch_size=8, max_pixels=None, world=world)
     whole = (tmp_path / "one.jsonl").read_bytes()
     assert len(whole.splitlines()) == 36
     lines = journal_of(tmp_path / "one.jsonl").read_bytes().splitlines(keepends=True)

@@ -3,15 +3,19 @@
 Every table row is a mistake and the pieces that its message must hold.
 """
 
+import gzip
 import json
+import os
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from mede2.trainer.commandline import stage_command
@@ -19,16 +23,9 @@ from mede2.trainer.data.processing import load_processor, locate_model
 from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import write_json
 from mede2.trainer.policy import load_policy
+from mede2.trainer.resolution import parse_assignments, read_recipe, resolve
 from mede2.trainer.run import find_checkpoint, prepare
-from mede2.trainer.settings import (
-    ELICIT,
-    ENHANCE,
-    BatchArithmetic,
-    Settings,
-    parse_assignments,
-    read_recipe,
-    resolve,
-)
+from mede2.trainer.settings import ELICIT, ENHANCE, BatchArithmetic, Settings
 
 Z3 = str(Path(__file__).parents[2] / "ds_configs" / "z3.json")
 
@@ -74,6 +71,23 @@ def pair_with_image(name: str) -> dict:
     return pair(prompt=[said("user", [IMAGE, {"type": "text", "text": "Which?"}])], images=[name])
 
 
+def spliced(member: str) -> str:
+    """A good row with one more member, written as it stands."""
+    return f"{json.dumps(DEMONSTRATION)[:-1]}, {member}}}"
+
+
+def nested(levels: int) -> dict:
+    return {"deeper": nested(levels - 1)} if levels else {}
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of a PNG, which says how large it is."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    bodies = (header, b"IDAT")
+    chunks = (struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) for body in bodies)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 STAGE1_ROWS = table(
     ("not JSON", '{"messages": [', "not JSON", "column"),
     ("a bare word", "mass", "not JSON: Expecting value at column 1"),
@@ -105,11 +119,76 @@ STAGE1_ROWS = table(
     ("a placeholder without an image", messages(said("user", [IMAGE]), ASSISTANT), "images: 0 paths for 1 image"),
     ("an image without a placeholder", DEMONSTRATION | {"images": ["good.png"]}, "images: 1 paths for 0 image"),
     ("images is one path", DEMONSTRATION | {"images": "good.png"}, "images: a list of paths"),
-    ("images is text", DEMONSTRATION | {"images": "a.png"}, "images: a list of paths"),
+    ("images is false", DEMONSTRATION | {"images": False}, "images: a list of paths, not False"),
+    ("images is an object", DEMONSTRATION | {"images": {"path": "a.png"}}, "images: a list of paths, not {'path'"),
+    ("an image is null", DEMONSTRATION | {"images": [None]}, "images: a list of paths, not [None]"),
+    ("an image without a path", DEMONSTRATION | {"images": [""]}, "images: a list of paths, not ['']"),
+    ("the image as a word in the text", messages(said("user", "<image> Which?"), ASSISTANT) | {"images": ["good.png"]},
+     "images: 1 paths for 0 image placeholders", '{"type": "image"} stands'),
     ("a control token", messages(USER, said("assistant", "mass<|im_end|>")),
      "a text of the assistant holds the control token <|im_end|>"),
     ("half of a surrogate pair", '{"messages": [{"role": "user", "content": "a\\ud800"}]}',
      "messages[0]", "not valid Unicode"),
+    ("half of a surrogate pair in meta", spliced('"meta": {"note": ["\\udc00"]}'), "meta.note[0]: not valid Unicode"),
+    ("half of a surrogate pair in a key", spliced('"meta": {"\\udc00": 1}'), "a key of meta: not valid Unicode"),
+    ("nothing but spaces and a comma", "  ,", "not JSON: Expecting value at column 3"),
+    ("a NUL byte", "\0" + json.dumps(DEMONSTRATION), "not JSON: Expecting value at column 1"),
+    ("NUL in a text", messages(USER, said("assistant", "ma\0ss")), 
+     "messages[1]: a text with the control character U+0000"),
+    ("an escape sequence", messages(said("user", "\x1b[2J"), ASSISTANT), 
+     "messages[0]: a text with the control character U+001B"),
+    ("a raw control character", json.dumps(DEMONSTRATION).replace("mass", "ma\x01ss"), "not JSON: Invalid control"),
+    ("a raw tab", json.dumps(DEMONSTRATION).replace("mass", "ma\tss"), "not JSON: Invalid control character"),
+    ("the mark of UTF-8 in the middle", "\ufeff" + json.dumps(DEMONSTRATION), "not JSON: Unexpected UTF-8 BOM"),
+    ("cut off", json.dumps(DEMONSTRATION)[:-9], "not JSON: Expecting value at column 95"),
+    ("a comma at the end", json.dumps(DEMONSTRATION) + ",", "not JSON: Extra data at column"),
+    ("two rows on a line", json.dumps(DEMONSTRATION) * 2, "not JSON: Extra data at column"),
+    ("a Python dict", str(DEMONSTRATION), "not JSON: Expecting property name enclosed in double quotes at column 2"),
+    ("a row over several lines", "{", "not JSON", "a row is one whole line: jq -c turns other JSON into such lines"),
+    ("an array over several lines", "[", "not JSON", "a row is one whole line"),
+    ("a whole file as an array", [DEMONSTRATION], "a row is a JSON object, not list"),
+    ("null", "null", "a row is a JSON object, not NoneType"),
+    ("a key twice", spliced('"messages": []'), "messages: stands twice in one object; only one of the two would count"),
+    ("a role twice", json.dumps(DEMONSTRATION).replace('"role": "user"', '"role": "user", "role": "user"'),
+     "role: stands twice in one object"),
+    ("NaN", spliced('"meta": {"score": NaN}'), "not JSON: NaN, which JSON does not have; write null"),
+    ("minus infinity", spliced('"meta": {"score": -Infinity}'), "not JSON: -Infinity, which JSON does not have"),
+    ("a number of 5000 digits", spliced(f'"id": {"9" * 5000}'), "a whole number of too many digits"),
+    ("deep nesting", "[" * 100_000, "nested more than 100 levels deep"),
+    ("deep nesting in meta", DEMONSTRATION | {"meta": nested(150)}, "nested more than 100 levels deep"),
+    ("a key with a line break", DEMONSTRATION | {"a\nb\x1b[2J": 1}, "a\\u000ab\\u001b[2J: unknown"),
+    ("the keys of others", {"conversations": [{"from": "human", "value": "Which?"}]},
+     "messages: missing; the row has conversations"),
+    ("no key at all", {}, "messages: missing; the row has no key"),
+    ("id is a list", DEMONSTRATION | {"id": [7]}, "id: text or a whole number, not [7]"),
+    ("id is true", DEMONSTRATION | {"id": True}, "id: text or a whole number, not True"),
+    ("id is a fraction", DEMONSTRATION | {"id": 7.5}, "id: text or a whole number, not 7.5"),
+    ("id is empty", DEMONSTRATION | {"id": ""}, "id: text or a whole number, not ''"),
+    ("meta is text", DEMONSTRATION | {"meta": ""}, "meta: a JSON object, not str"),
+    ("meta is zero", DEMONSTRATION | {"meta": 0}, "meta: a JSON object, not int"),
+    ("role is a list", messages(said(["user"], "Which?"), ASSISTANT), "messages[0]: role ['user'] where 'user' is due"),
+    ("role is null", messages(said(None, "Which?"), ASSISTANT), "messages[0]: role None where 'user' is due"),
+    ("role in capitals", messages(said("User", "Which?"), ASSISTANT), "messages[0]: role 'User' where 'user' is due"),
+    ("a tool speaks", messages(USER, said("tool", "4"), ASSISTANT), "messages[1]: role 'tool' where"),
+    ("two system messages", messages(said("system", "A"), said("system", "B")), "messages[1]: role 'system' where"),
+    ("a null message", messages(None, ASSISTANT), "messages[0]: a message is", "not None"),
+    ("a message without content", messages({"role": "user"}, ASSISTANT), "messages[0]: a message is"),
+    ("messages are an object", {"messages": USER}, "messages: a list of messages, not {'role'"),
+    ("messages are null", {"messages": None}, "messages: a list of messages, not None"),
+    ("content is a number", messages(USER, said("assistant", 7)), "messages[1]: content is text or a list", "not 7"),
+    ("content is one part", messages(USER, said("assistant", {"type": "text", "text": "a"})), 
+     "messages[1]: content is text or a list", "{'type'"),
+    ("a part is text", messages(said("user", ["Which?"]), ASSISTANT), "messages[0]: a part is", "'Which?'"),
+    ("a part is null", messages(said("user", [None]), ASSISTANT), "messages[0]: a part is", "not None"),
+    ("an image_url", messages(said("user", [{"type": "image_url", "image_url": {"url": "a"}}]), ASSISTANT),
+     "messages[0]: a part is", "image_url"),
+    ("an answer without a shape", messages(USER, said("assistant", "\u200b\u00a0\u2060")), "messages[1]: empty"),
+    ("an empty question", messages(said("user", ""), ASSISTANT), "messages[0]: empty"),
+    ("an empty system message", messages(said("system", " "), USER, ASSISTANT), "messages[0]: empty"),
+    ("an image token in a text", messages(said("user", "<|image_pad|> Which?"), ASSISTANT),
+     "a text of the user holds the control token <|image_pad|>"),
+    ("a text far too long", messages(USER, said("assistant", "mass " * 20_000)),
+     "a text of the assistant has 100000 characters, far more than max_length 256 tokens"),
     ("too long", messages(USER, said("assistant", "mass " * 300)),
      "tokens (0 of images) exceed max_length 256", "--max-length"),
 )  # fmt: skip
@@ -126,6 +205,38 @@ STAGE2_ROWS = table(
     ("an image in an answer", pair(chosen=[said("assistant", [IMAGE])]) | {"images": ["good.png"]},
      "chosen[0]: an image in a message of the assistant"),
     ("no such image", pair_with_image("none.png"), "none.png: no such file"),
+    ("a URL", pair_with_image("https://example.org/a.png"), "images: 'https://example.org/a.png' is a URL; save the"),
+    ("a data URL", pair_with_image("data:image/png;base64,iVBOR"), "images: 'data:image/png;base64,iVBOR' is a URL"),
+    ("a path with NUL", pair_with_image("a\0b.png"), "images: the path 'a\\x00b.png' holds a control character"),
+    ("a path with a line break", pair_with_image("good.png\n"), "images: the path 'good.png\\n' holds a control"),
+    ("a path with half of a surrogate pair", json.dumps(pair_with_image("\ud800.png")), "images[0]: not valid Unicode"),
+    ("a name that is too long", pair_with_image("a" * 300), "images: the path 'aaaa", "is longer than a path can be"),
+    ("a path that is too long", pair_with_image("a/" * 2100), "images: the path 'a/a/", "is longer than a path can be"),
+    ("a path out of the folder to nothing", pair_with_image("../../none.png"), "../../none.png: no such file"),
+    ("a path through a file", pair_with_image("good.png/a.png"), "good.png/a.png: does not decode (Not a directory)"),
+    ("a folder", pair_with_image("."), "does not decode (a folder or a device, no file)"),
+    ("a device", pair_with_image("/dev/zero"), "image /dev/zero: does not decode (a folder or a device, no file)"),
+    ("a pipe", pair_with_image("pipe"), "pipe: does not decode (a folder or a device, no file)"),
+    ("a link to itself", pair_with_image("loop.png"), "loop.png: does not decode (Too many levels of symbolic links)"),
+    ("a path with a tilde", pair_with_image("~/none.png"), "~/none.png: no such file"),
+    ("a path of Windows", pair_with_image("images\\good.png"), "images\\good.png: no such file"),
+    ("a name in other case", pair_with_image("GOOD.PNG"), "GOOD.PNG: no such file"),
+    ("an empty image", pair_with_image("empty.png"), "empty.png: does not decode (in no format that Pillow reads)"),
+    ("a text as image", pair_with_image("rows.jsonl"), "rows.jsonl: does not decode (in no format that Pillow reads)"),
+    ("DICOM", pair_with_image("scan.dcm"), "scan.dcm: does not decode (in no format that Pillow reads)"),
+    ("a decompression bomb", pair_with_image("bomb.png"), "bomb.png: more than 89478485 pixels; scale it down"),
+    ("a larger one", pair_with_image("larger.png"), "larger.png: more than 89478485 pixels; scale it down"),
+    ("a bomb in a comment", pair_with_image("comment.png"), "comment.png: does not decode (Decompressed data too"),
+    ("a thread", pair_with_image("thread.png"), "the model does not take the images: absolute aspect ratio must be"),
+    ("an image used twice but given once", pair_with_image("good.png") | {"prompt": [said("user", [IMAGE, IMAGE])]},
+     "images: 1 paths for 2 image placeholders"),
+    ("equal answers cut otherwise",
+     pair(rejected=[said("assistant", [{"type": "text", "text": text} for text in ("ma", "ss")])]),
+     "chosen and rejected are the same text"),
+    ("an empty chosen answer", pair(chosen=[said("assistant", "")]), "chosen[0]: empty"),
+    ("no rejected message", pair(rejected=[]), "rejected: a list of messages, not []"),
+    ("chosen is null", pair(chosen=None), "chosen: a list of messages, not None"),
+    ("the prompt is text", pair(prompt="Which?"), "prompt: a list of messages, not 'Which?'"),
     ("a damaged image", pair_with_image("damaged.png"), "damaged.png: does not decode"),
     ("a transparent image", pair_with_image("transparent.png"), "transparent.png: transparent pixels; flatten"),
     ("16 bits without a window", pair_with_image("sixteen.png"), "sixteen.png: grey of more than 8 bits", "10..4000",
@@ -140,6 +251,16 @@ STAGE2_ROWS = table(
 def folder(tmp_path, write_image):
     """A folder with one good image and one of each bad kind."""
     write_image(tmp_path / "good.png", 32, 32)
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "scan.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\2" * 64)
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe")
+    for name, side in (("bomb", 10_000), ("larger", 20_000)):
+        (tmp_path / f"{name}.png").write_bytes(png_header(side, side))
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("note", "x" * 2_000_000, zip=True)
+    Image.new("L", (32, 32)).save(tmp_path / "comment.png", pnginfo=comment)
+    Image.new("L", (1, 300)).save(tmp_path / "thread.png")
     (tmp_path / "damaged.png").write_bytes((tmp_path / "good.png").read_bytes()[:-1500])
     Image.new("RGBA", (32, 32), (9, 9, 9, 0)).save(tmp_path / "transparent.png")
     Image.fromarray(np.array([[10, 4000]], dtype=np.uint16)).save(tmp_path / "sixteen.png")
@@ -196,6 +317,12 @@ FILES = table(
     ("not UTF-8", "Röntgen\n".encode("latin-1"), "rows.jsonl: not UTF-8 text"),
     ("binary", bytes(range(128, 256)), "rows.jsonl: not UTF-8 text"),
     ("UTF-16", "{}\n".encode("utf-16"), "rows.jsonl: not UTF-8 text"),
+    ("a table of columns", b"PAR1\x15\x04\x15\xf8PAR1", "rows.jsonl: not UTF-8 text"),
+    ("compressed, named otherwise", gzip.compress(b"{}\n"), "rows.jsonl: not UTF-8 text"),
+    ("half surrogate pairs as bytes", b'{"a": "\xed\xa0\x80"}\n', "rows.jsonl: not UTF-8 text"),
+    ("NUL bytes", b"\0" * 64, "rows.jsonl:1: not JSON: Expecting value at column 1"),
+    ("line ends of old Macs", b"{}\r{}\r", "rows.jsonl:2: messages: missing"),
+    ("CSV", b"question,answer\nWhich?,mass\n", "rows.jsonl:1: not JSON: Expecting value at column 1"),
 )
 
 

@@ -9,7 +9,8 @@ import torch
 
 from mede2.trainer.engine import AsyncIOBuilder, check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.prepare import prepare
-from mede2.trainer.settings import BatchArithmetic, Settings, resolve
+from mede2.trainer.resolution import resolve
+from mede2.trainer.settings import BatchArithmetic, Settings
 
 ROOT = Path(__file__).parents[2]
 AUTO = {

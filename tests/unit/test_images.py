@@ -157,6 +157,26 @@ def test_any_truncation_before_the_last_pixel_is_one_clear_error(tmp_path, keep)
         load_image(path)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damage that it reads past
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "PPM", "IM", "DDS", "SGI"])
+def test_any_damage_is_one_clear_error(tmp_path, kind):
+    """Whatever Pillow raises for 40 files of each format in which some of the first bytes are others."""
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, kind)
+    path, messages = tmp_path / "image", []
+    for _ in range(40):
+        damaged = np.frombuffer(buffer.getvalue(), dtype=np.uint8).copy()
+        damaged[rng.integers(0, 60, 4)] = rng.integers(0, 256, 4)
+        path.write_bytes(damaged.tobytes())
+        try:
+            load_image(path)
+        except ValueError as error:
+            messages.append(str(error))
+    assert messages
+    assert [message for message in messages if not message.startswith(f"image {path}: ")] == []
+
+
 def test_missing_file_and_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none\.png: no such file"):
         load_image(tmp_path / "none.png")

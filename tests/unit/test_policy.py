@@ -3,9 +3,11 @@
 import pytest
 import torch
 import transformers
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForImageTextToText
+from transformers.integrations import replace_with_bnb_linear
 
-from mede2.trainer.policy import PARTS, Policy, freeze, load_policy, part_of
+from mede2.trainer.policy import PARTS, Policy, freeze, language_linears, load_policy, nf4_config, part_of
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 TEXT = SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 64}
@@ -63,6 +65,18 @@ def test_freeze_lets_the_named_part_train_alone(on_meta, trained):
     assert {id(p) for p in policy.parameters() if p.requires_grad} == expected[trained]
     num_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert counts == dict.fromkeys(PARTS, 0) | {trained: num_trained}
+
+
+def test_adapters_and_4_bits_are_for_the_linear_layers_of_the_language_model(on_meta):
+    """All of them but the head; the towers have layers of the same kinds."""
+    model, expected = on_meta
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    wanted = {name for name, m in linears.items() if id(m.weight) in expected["language_model"]} - {"lm_head"}
+    assert wanted
+    assert set(language_linears(model)) == wanted
+    config = nf4_config(torch.float32)
+    model = replace_with_bnb_linear(model, config.llm_int8_skip_modules, config)
+    assert {name for name, module in model.named_modules() if isinstance(module, Linear4bit)} == wanted
 
 
 def test_the_head_still_gives_logits_for_generation(model_folder):

@@ -18,11 +18,12 @@ def parse(row, stage=ELICIT) -> Record:
 
 def test_demonstration():
     turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": TEXT}]
-    record = parse({"messages": turns, "meta": {"id": 5}})
+    record = parse({"messages": turns, "meta": {"id": 5}, "id": 7})
     ((question, answer),) = record.conversations
     assert question == {"role": "user", "content": [{"type": "text", "text": "Which?"}]}, "text becomes a list of parts"
     assert answer == {"role": "assistant", "content": TEXT}
     assert (record.source, record.num_prompt_messages, record.images, record.meta) == ("rows.jsonl:3", 0, (), {"id": 5})
+    assert record.id == 7
 
 
 def test_pair_shares_its_prompt():
@@ -33,8 +34,10 @@ def test_pair_shares_its_prompt():
     row = {
         "prompt": prompt, "images": ["a.png", "/elsewhere/b.png"],
         "chosen": [{"role": "assistant", "content": "mass"}], "rejected": [{"role": "assistant", "content": "clear"}],
+        "id": "case-7",
     }  # fmt: skip
     record = parse(row, ENHANCE)
+    assert record.id == "case-7"
     chosen, rejected = record.conversations
     assert chosen[:2] == rejected[:2]
     assert (chosen[2]["content"][0]["text"], rejected[2]["content"][0]["text"]) == ("mass", "clear")
@@ -42,7 +45,7 @@ def test_pair_shares_its_prompt():
     assert record.images == (Path("/data/a.png"), Path("/elsewhere/b.png")), "relative paths start at the file's folder"
 
 
-@pytest.mark.parametrize("extra", [{"meta": None}, {"images": []}, {"id": "case-7"}])
+@pytest.mark.parametrize("extra", [{"meta": None}, {"images": []}, {"images": None}, {"id": None}])
 def test_optional_keys(extra):
     row = {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "mass"}]}
     assert parse(row | extra).conversations == parse(row).conversations
@@ -63,6 +66,14 @@ def test_files_are_read_in_order_with_blank_lines_and_odd_breaks_inside_texts(tm
     good = [record for record in records if not isinstance(record, BadRow)]
     answers = [record.conversations[0][1]["content"][0]["text"] for record in good]
     assert answers == ["one", "two\u2028lines\u0085here", "three\r\nlines"]
+
+
+def test_files_that_windows_wrote(tmp_path):
+    """A mark of UTF-8 at the start, line ends of two characters."""
+    row = json.dumps({"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "mass"}]})
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"\ufeff{row}\r\n{row}\r\n".encode())
+    assert [record.source for record in read_records((str(path),), ELICIT)] == [f"{path}:1", f"{path}:2"]
 
 
 def test_compressed_files_and_a_last_line_without_a_break(tmp_path):

@@ -2,18 +2,9 @@
 
 import pytest
 
+from mede2.trainer.resolution import parse_assignments, read_recipe, resolve
 from mede2.trainer.run import settings_yaml
-from mede2.trainer.settings import (
-    ELICIT,
-    ENHANCE,
-    FIELDS,
-    BatchArithmetic,
-    Settings,
-    learning_rate_at,
-    parse_assignments,
-    read_recipe,
-    resolve,
-)
+from mede2.trainer.settings import ELICIT, ENHANCE, FIELDS, BatchArithmetic, Settings, learning_rate_at
 
 
 def test_layers_and_origins():

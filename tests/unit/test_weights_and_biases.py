@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mede2.trainer.metrics import Metrics
+from mede2.trainer.resolution import resolve
 from mede2.trainer.run import run_stage
-from mede2.trainer.settings import resolve
 from mede2.trainer.weights_and_biases import check_wandb, start_wandb, started_run
 
 Z3 = str(Path(__file__).parents[2] / "ds_configs/z3.json")

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mede2.trainer.data.encoding import Encoder, Example
-from mede2.trainer.data.records import BadRow, read_records
+from mede2.trainer.data.records import BadRow, Record, read_records
+from mede2.trainer.data.remarks import Remark, Traits, compare, traits
 from mede2.trainer.world import World
 
 LISTED = 20  # bad rows shown in an error
@@ -21,12 +23,14 @@ class DataSet:
         examples: the usable rows.
         fingerprint: sha256 over the examples' digests: tokens, masks, image bytes.
         bad_rows: rows that were skipped, {"source", "problem"}.
+        remarks: on rows that are used as they are.
     """
 
     files: tuple[str, ...]
     examples: list[Example]
     fingerprint: str
     bad_rows: list[dict[str, str]]
+    remarks: list[Remark]
 
     @property
     def has_images(self) -> bool:
@@ -39,6 +43,38 @@ class DataSet:
             f"{len(self.examples)} rows from {', '.join(self.files)}: {images} images, "
             f"{sum(lengths)} tokens, median sequence {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
         )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A row that was checked: its record, the example it gives and what it is compared by, or why there is none."""
+
+    record: Record | None = None
+    example: Example | None = None
+    traits: Traits | None = None
+    problem: BadRow | None = None
+
+
+def check_rows(
+    files: tuple[str, ...], stage: int, encode: Callable[[Record], Example], part: int = 0, parts: int = 1
+) -> Iterator[tuple[int, Checked]]:
+    """Check every `parts`-th row from `part` on, with its number.
+
+    Args:
+        files: jsonl files.
+        stage: what their rows are.
+        encode: an `Encoder`, or what else makes an example of a record or raises a BadRow.
+        part, parts: which rows.
+    """
+    for number, record in enumerate(read_records(files, stage)):
+        if number % parts == part:
+            try:
+                if isinstance(record, BadRow):
+                    raise record
+                example = encode(record)
+                yield number, Checked(record, example, traits(record, example.image_hashes))
+            except BadRow as problem:
+                yield number, Checked(problem=problem)
 
 
 def load_dataset(files: tuple[str, ...], stage: int, encoder: Encoder, on_bad_row: str, world: World) -> DataSet:
@@ -54,18 +90,13 @@ def load_dataset(files: tuple[str, ...], stage: int, encoder: Encoder, on_bad_ro
     Raises:
         ValueError: the list of unusable rows with file, line and reason, or no usable row at all.
     """
-    share: list[tuple[int, Example | BadRow]] = []
-    for number, record in enumerate(read_records(files, stage)):
-        if number % world.size == world.rank:
-            try:
-                if isinstance(record, BadRow):
-                    raise record
-                share.append((number, encoder(record)))
-            except BadRow as bad:
-                share.append((number, {"source": bad.source, "problem": bad.problem}))
-    rows = [row for _, row in sorted((pair for part in world.gather(share) for pair in part), key=lambda pair: pair[0])]
-    examples = [row for row in rows if isinstance(row, Example)]
-    bad_rows = [row for row in rows if isinstance(row, dict)]
+    share: list[tuple[int, Example | dict[str, str], Traits | None]] = []
+    for number, row in check_rows(files, stage, encoder, world.rank, world.size):
+        problem = row.problem and {"source": row.problem.source, "problem": row.problem.problem}
+        share.append((number, row.example or problem, row.traits))
+    rows = sorted((row for part in world.gather(share) for row in part), key=lambda row: row[0])
+    examples = [row for _, row, _ in rows if isinstance(row, Example)]
+    bad_rows = [row for _, row, _ in rows if isinstance(row, dict)]
     if bad_rows and (on_bad_row == "stop" or not examples):
         listed = "\n".join(f"  {bad['source']}: {bad['problem']}" for bad in bad_rows[:LISTED])
         more = f"\n  ... and {len(bad_rows) - LISTED} more" if len(bad_rows) > LISTED else ""
@@ -76,7 +107,7 @@ def load_dataset(files: tuple[str, ...], stage: int, encoder: Encoder, on_bad_ro
     if not examples:
         raise ValueError(f"no rows in {', '.join(files)}")
     digest = hashlib.sha256("".join(example.digest for example in examples).encode()).hexdigest()
-    return DataSet(tuple(files), examples, digest, bad_rows)
+    return DataSet(tuple(files), examples, digest, bad_rows, compare(known for *_, known in rows if known))
 
 
 def write_bad_rows(dataset: DataSet, output: Path) -> Path:

@@ -4,9 +4,14 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+from jinja2 import TemplateError
+from PIL import Image
 
 from mede2.trainer.data.images import Window, load_image
 from mede2.trainer.data.records import BadRow, Message, Record
+from mede2.trainer.files import hash_file
+
+MOST_CHARACTERS = 256  # of a token; no vocabulary has longer ones
 
 
 @dataclass(frozen=True)
@@ -40,17 +45,28 @@ class Example:
         sequences: same order as the record's conversations.
         images: (path, ...) in the order of their placeholders.
         digest: sha256 over tokens, masks and image bytes: what the log-probabilities depend on.
+        image_hashes: sha256 of the bytes of each image.
     """
 
     source: str
     sequences: tuple[Sequence, ...]
     images: tuple[str, ...]
     digest: str
+    image_hashes: tuple[str, ...] = ()
 
     @property
     def prefix(self) -> int:
         """Tokens before the first learnt one: what the answers of a pair share."""
         return int(self.sequences[0].answer_mask.argmax())
+
+
+def read_images(record: Record, grey_window: Window = None) -> tuple[list[Image.Image], tuple[str, ...]]:
+    """The images of a record, decoded, and the sha256 of each one's bytes; or the BadRow that one does not decode."""
+    try:
+        images = [load_image(path, grey_window) for path in record.images]
+    except ValueError as error:
+        raise BadRow(record.source, str(error), "image") from error
+    return images, tuple(map(hash_file, record.images))
 
 
 class Encoder:
@@ -77,15 +93,12 @@ class Encoder:
         """Encode and check one record.
 
         Raises:
-            BadRow: an image that does not decode, control tokens inside a text, a template that does not fit, or a
-                sequence longer than `max_length`.
+            BadRow: an image that does not decode or that the model does not take, control tokens inside a text, a
+                template that does not fit, or a sequence longer than `max_length`.
         """
         for message in {id(m): m for conversation in record.conversations for m in conversation}.values():
             self._check_text(record.source, message)
-        try:
-            images = [load_image(path, self.grey_window) for path in record.images]
-        except ValueError as error:
-            raise BadRow(record.source, str(error)) from error
+        images, image_hashes = read_images(record, self.grey_window)
         encoded: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
         sequences = []
         for conversation in record.conversations:
@@ -98,15 +111,24 @@ class Encoder:
                     record.source,
                     f"{len(sequence)} tokens ({of_images} of images) exceed "
                     f"max_length {self.max_length}; the answer would be cut. Raise --max-length or lower --max-pixels",
+                    "length",
                 )
-        return Example(record.source, tuple(sequences), tuple(map(str, record.images)), self._digest(record, sequences))
+        digest = self._digest(sequences, image_hashes)
+        return Example(record.source, tuple(sequences), tuple(map(str, record.images)), digest, image_hashes)
 
     def _check_text(self, source: str, message: Message) -> None:
         for part in message["content"]:
             if part["type"] == "text":
                 for token in self.special_tokens:
                     if token in part["text"]:
-                        raise BadRow(source, f"a text of the {message['role']} holds the control token {token}")
+                        raise BadRow(source, f"a text of the {message['role']} holds the control token {token}", "text")
+                if len(part["text"]) > MOST_CHARACTERS * self.max_length:
+                    raise BadRow(
+                        source,
+                        f"a text of the {message['role']} has {len(part['text'])} characters, far more than max_length "
+                        f"{self.max_length} tokens",
+                        "length",
+                    )
 
     def _segments(self, source: str, conversation: tuple[Message, ...], num_given: int) -> list[tuple[str, bool]]:
         """The rendered conversation cut at the answers: (text, learnt), as the prompt and its continuation meet at
@@ -115,8 +137,8 @@ class Encoder:
         done = ""
         for position, message in enumerate(conversation):
             if message["role"] == "assistant" and position >= num_given:
-                head = self._render(conversation[:position], add_generation_prompt=True)
-                full = self._render(conversation[: position + 1], add_generation_prompt=False)
+                head = self._render(source, conversation[:position], add_generation_prompt=True)
+                full = self._render(source, conversation[: position + 1], add_generation_prompt=False)
                 if not (head.startswith(done) and full.startswith(head)):
                     raise BadRow(
                         source,
@@ -130,10 +152,13 @@ class Encoder:
                 done = head + answer + end
         return segments
 
-    def _render(self, messages: tuple[Message, ...], add_generation_prompt: bool) -> str:
-        return self.processor.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+    def _render(self, source: str, messages: tuple[Message, ...], add_generation_prompt: bool) -> str:
+        try:
+            return self.processor.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise BadRow(source, f"the model's chat template refuses these messages ({error})") from error
 
     def _encode(self, source: str, segments, images: list, encoded: dict) -> Sequence:
         """Tokenize segment by segment; `encoded` keeps those that both answers share, by text and first image."""
@@ -142,7 +167,10 @@ class Encoder:
             count = text.count(self.processor.image_token)
             key = (text, used)
             if key not in encoded:
-                encoded[key] = self._tokenize(text, images[used : used + count])
+                try:
+                    encoded[key] = self._tokenize(text, images[used : used + count])
+                except ValueError as error:  # of the image processor, such as one side 200 times the other
+                    raise BadRow(source, f"the model does not take the images: {error}", "image") from error
             used += count
             tokens, kinds = encoded[key]
             ids.append(tokens)
@@ -162,12 +190,12 @@ class Encoder:
         kinds = output.get("mm_token_type_ids")
         return tokens, np.zeros_like(tokens) if kinds is None else np.asarray(kinds[0], dtype=np.int64)
 
-    def _digest(self, record: Record, sequences: list[Sequence]) -> str:
+    def _digest(self, sequences: list[Sequence], image_hashes: tuple[str, ...]) -> str:
         digest = hashlib.sha256()
         for sequence in sequences:
             digest.update(len(sequence).to_bytes(8, "little"))
             digest.update(sequence.input_ids.tobytes() + sequence.answer_mask.tobytes())
-        for path in record.images:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        for image_hash in image_hashes:
+            digest.update(bytes.fromhex(image_hash))
         digest.update(repr(self.grey_window).encode())
         return digest.hexdigest()

@@ -41,6 +41,11 @@ def locate_model(model: str) -> Path:
     is_on_disk = folder.is_dir()
     if not is_on_disk:
         folder = _download(model, ["config.json"])
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model: {model} holds an adapter and no whole model; merge it with peft's merge_and_unload, or continue "
+            "its last checkpoint (--resume PATH) into another --output with merge_adapter=true"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: {model} holds no config.json, so it is no model folder")
     _check_config(model, folder / "config.json")

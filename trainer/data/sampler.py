@@ -55,16 +55,20 @@ class Sampler:
 
     def micro_batches(self, step: int, rank: int) -> list[list[Slot]]:
         """The slots of update `step` that fall to `rank`, one list per micro-batch; as many lists on every rank."""
+        return self.turns(step)[rank :: self.batch.world_size]
+
+    def turns(self, step: int) -> list[list[Slot]]:
+        """The micro-batches of update `step`, longest first; the ranks take them in turn."""
         indices = sorted(self.global_batch(step), key=lambda index: -self.lengths[index])
-        shortest, world_size, size = indices[-1], self.batch.world_size, self.batch.micro_batch_size
+        filler, size = Slot(indices[-1], 0), self.batch.micro_batch_size
         if self.pack_length:
-            groups = self._packed(indices)
+            turns = self._packed(indices)
         else:
-            groups = [[Slot(index, 1) for index in indices[at : at + size]] for at in range(0, len(indices), size)]
-            groups[-1] += [Slot(shortest, 0)] * (size - len(groups[-1]))
-        while len(groups) % world_size:
-            groups.append([Slot(shortest, 0)] * (1 if self.pack_length else size))
-        return groups[rank::world_size]
+            turns = [[Slot(index, 1) for index in indices[at : at + size]] for at in range(0, len(indices), size)]
+            turns[-1] += [filler] * (size - len(turns[-1]))
+        while len(turns) % self.batch.world_size:
+            turns.append([filler] * size)
+        return turns
 
     def num_computed(self, slots: list[Slot]) -> int:
         """Tokens of a micro-batch as it runs, padding counted."""

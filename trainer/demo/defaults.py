@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from mede2.trainer.demo.records import write_stage1, write_stage2
-from mede2.trainer.settings import ELICIT, read_recipe
+from mede2.trainer.resolution import read_recipe
+from mede2.trainer.settings import ELICIT
 
 FOLDER = Path(__file__).parent
 BASE_MODEL = FOLDER / "base"

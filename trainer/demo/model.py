@@ -1,5 +1,4 @@
-"""The embedded model: a real Qwen2.5-VL of 0.7 million parameters, built from its configuration. Imports transformers.
-"""
+"""The embedded model: a real Qwen2.5-VL of 0.7 million parameters, built from a configuration. Imports transformers."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 
 from mede2.trainer.demo.defaults import BASE_MODEL, FOLDER
-from mede2.trainer.settings import ELICIT, read_recipe, resolve
+from mede2.trainer.resolution import read_recipe, resolve
+from mede2.trainer.settings import ELICIT
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "chat_template.jinja",

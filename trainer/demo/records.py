@@ -15,6 +15,7 @@ from mede2.trainer.evaluation.answers import parse_answer
 
 Row = dict[str, Any]
 REQUEST = "Think, then answer."
+LICENSE = "Apache-2.0"  # of the pictures, drawn here
 SECTIONS = ("look", "zones", "count", "history", "options")  # what the base model learns to write: never a diagnosis
 SECTION_WEIGHTS = (0.9, 0.4, 0.5, 0.5, 0.2)  # how often each of SECTIONS is asked for
 CRITERION_CYCLE = ("logical_consistency",) * 7 + CRITERIA[1:]  # most negatives where Stage I errs most, in the logic
@@ -75,7 +76,7 @@ def describe(case: Case) -> Row:
     return {
         "specialty": "pulmonology",
         "modality": "phantom",
-        "license": "Apache-2.0",
+        "license": LICENSE,
         "findings": {f"{finding.side} {finding.level}": finding.kind for finding in case.findings},
         "conclusions": CONCLUSIONS,
         "seed": case.seed,
@@ -143,7 +144,7 @@ def _in_zone(finding: Finding) -> str:
 
 
 def _meta(case: Case) -> Row:
-    return {"case": case.seed, "answer": case.answer}
+    return {"case": case.seed, "answer": case.answer, "license": LICENSE}
 
 
 def _save_image(folder: Path, case: Case, index: int) -> str:

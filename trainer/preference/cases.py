@@ -5,9 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mede2.trainer.data.records import BadRow, Message, parse_images, parse_prompt
+from mede2.trainer.data.records import BadRow, Message, parse_images, parse_prompt, parse_row
 from mede2.trainer.files import hash_file, hash_json
-from mede2.trainer.preference.rows import Row, parse_row, read_lines, tell
+from mede2.trainer.preference.rows import Row, read_lines, tell
 
 WANTED = {"id": str, "prompt": list, "answer": str}
 OPTIONAL = {"images": list, "options": list, "explanation": str, "meta": dict}

@@ -10,8 +10,8 @@ import json
 import os
 from pathlib import Path
 
-from mede2.trainer.data.records import BadRow
-from mede2.trainer.preference.rows import Row, parse_row
+from mede2.trainer.data.records import BadRow, parse_row
+from mede2.trainer.preference.rows import Row
 
 
 class Journal:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mede2.trainer.data.records import BadRow
+from mede2.trainer.data.records import BadRow, parse_row
 from mede2.trainer.files import write_text
 
 Row = dict[str, Any]
@@ -19,7 +19,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
         ValueError: a file that cannot be read, or is not UTF-8.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path}:{number}", line
@@ -27,19 +27,6 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise ValueError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-
-
-def parse_row(source: str, line: str) -> Row:
-    """One line as an object, or the BadRow that it is."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadRow(source, f"not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise BadRow(source, "JSON nested too deeply") from error
-    if not isinstance(row, dict):
-        raise BadRow(source, f"a row is a JSON object, not {type(row).__name__}")
-    return row
 
 
 def read_rows(path: Path, wanted: Iterable[str] = ()) -> Iterator[tuple[str, Row]]:

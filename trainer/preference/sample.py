@@ -18,6 +18,7 @@ from mede2.trainer.preference.rows import Row, write_rows
 
 LOCAL_OPTIONS = ("batch_size", "max_pixels")
 SERVER_OPTIONS = ("api_key_variable", "served_as", "concurrency", "max_retries", "timeout_s", "allow_remote_images")
+PATIENCE_MINUTES = 7 * 24 * 60  # that ranks wait for one whose answers are longer
 SEEDS = 2**31  # servers take 32 bits, some of them signed
 ANSWER = ("text", "finish", "num_tokens")  # what is journalled of an answer, beside its key
 
@@ -87,8 +88,9 @@ Without --base-url the model runs here, in transformers; `torchrun --nproc_per_n
 the answers out over ranks. With it an OpenAI-compatible server (vLLM, SGLang) is asked.
 
 Finished answers lie in .OUTPUT.journal/ beside the output, under the hash of all that they depend on, so the same
-command again continues where it was stopped, and costs nothing when all are there. OUTPUT is written whole at the end,
-in the order of the cases."""
+command again continues where it was stopped, and costs nothing when all are there. Only an answer whose reply was still
+on its way from the server when the command was killed, or the connection cut, is asked for again. OUTPUT is written
+whole at the end, in the order of the cases."""
 
 
 @click.command("sample", help=HELP, short_help=__doc__)
@@ -133,8 +135,12 @@ def command(
         _ask_server(jobs, Path(output), model, base_url, settings, **options)
     else:
         from mede2.trainer.preference.sample_here import sample_here
+        from mede2.trainer.world import join_world
 
-        sample_here(jobs, Path(output), model, settings, options["batch_size"], options["max_pixels"])
+        world = join_world(PATIENCE_MINUTES)
+        limits = {name: options[name] for name in LOCAL_OPTIONS}
+        sample_here(jobs, Path(output), model, settings, **limits, world=world)
+        world.leave()
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"{len(jobs)} answers to {len(jobs) // num} cases in {output}")
 

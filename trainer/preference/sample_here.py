@@ -15,21 +15,37 @@ from mede2.trainer.preference.journal import Journal
 from mede2.trainer.preference.progress import Progress
 from mede2.trainer.preference.rows import Row
 from mede2.trainer.preference.sample import Job, write_samples
-from mede2.trainer.world import World, join_world
-
-PATIENCE_MINUTES = 7 * 24 * 60  # for a rank whose answers are longer; what was made is journalled, whatever happens
+from mede2.trainer.world import World
 
 
 def sample_here(
-    jobs: Sequence[Job], output: Path, model: str, settings: Row, batch_size: int, max_pixels: int | None
+    jobs: Sequence[Job],
+    output: Path,
+    model: str,
+    settings: Row,
+    *,
+    batch_size: int,
+    max_pixels: int | None,
+    world: World,
 ) -> None:
     """Have every answer made and write samples.jsonl.
 
     Batches are those of all jobs, whatever is done already and however many ranks there are, and a batch is journalled
     as one: so neither ranks nor a stop change even the rounding of an answer.
+
+    Args:
+        jobs: the answers to be had.
+        output: samples.jsonl.
+        model: folder or hub name.
+        settings: temperature, top_p, max_tokens, system and grey_window; what else the answers depend on is added.
+        batch_size: answers at a time on each rank.
+        max_pixels: see `processing.load_processor`.
+        world: the ranks.
+
+    Raises:
+        ValueError: anything that a user can mend: the model, an image, memory that is too small.
     """
     quiet_transformers()
-    world = join_world(PATIENCE_MINUTES)
     folder = world.on_main(lambda: locate_model(model))
     settings = settings | {
         "dtype": "bfloat16" if world.device.type == "cuda" else "float32",

@@ -25,7 +25,8 @@ from mede2.trainer.data.processing import load_processor
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.engine import Engine, fill_deepspeed_config, make_optimizer, read_deepspeed_file
 from mede2.trainer.policy import PARTS, freeze, load_policy, quiet_transformers
-from mede2.trainer.settings import BatchArithmetic, Settings, resolve
+from mede2.trainer.resolution import resolve
+from mede2.trainer.settings import BatchArithmetic, Settings
 from mede2.trainer.world import World, join_world
 
 DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
@@ -82,8 +83,10 @@ def make_batches(world: World, model: str, records: str, stage: int, settings: S
     return Batches(dataset, Sampler(lengths, batch, None, settings.pack_length), collator, world, settings.num_workers)
 
 
-def make_engine(world: World, model: str, settings: Settings, zero: str = "z3", *, trains: bool = True) -> Engine:
-    """The engine of a run, assembled as `trainer/run.py` does."""
+def make_engine(
+    world: World, model: str, settings: Settings, zero: str = "z3", *, trains: bool = True, adapter: Path | None = None
+) -> Engine:
+    """The engine of a run, assembled as `trainer/run.py` does; `adapter`: a saved one that trains on."""
     dtype = DTYPES[settings.dtype]
     batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
     hidden_size = AutoConfig.from_pretrained(model).get_text_config().hidden_size
@@ -93,11 +96,12 @@ def make_engine(world: World, model: str, settings: Settings, zero: str = "z3", 
         Path(model), dtype=dtype, attention=settings.attention, implementation=choose_implementation(settings.logps),
         deepspeed_config=config, activation_checkpointing=settings.activation_checkpointing,
         activation_offload=settings.activation_offload,
+        adapter=adapter or (settings if settings.lora_rank else None), quantize=settings.quantize,
     )  # fmt: skip
     if not trains:
         return Engine(policy, config, world, dtype)
     freeze(policy, {part: getattr(settings, f"train_{part}") for part in PARTS})
-    return Engine(policy, config, world, dtype, make_optimizer(policy, settings, world.device))
+    return Engine(policy, config, world, dtype, make_optimizer(policy, settings))
 
 
 def trained_parameters(engine: Engine) -> dict[str, torch.nn.Parameter]:

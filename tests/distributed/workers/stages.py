@@ -6,8 +6,8 @@ from pathlib import Path
 from harness import DS_CONFIGS, main
 
 from mede2.trainer import reference
+from mede2.trainer.resolution import resolve
 from mede2.trainer.run import run_stage
-from mede2.trainer.settings import resolve
 from mede2.trainer.world import World
 
 SMALL = {"global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-4, "max_length": 512, "dtype": "fp32"}

@@ -245,6 +245,18 @@ def rehearsed(world: World, job: dict, between) -> dict:
     return {"kept": kept, "loss": found["loss"], "grad_norm": found["grad_norm"]}
 
 
+def closed(world: World, job: dict) -> dict:
+    """Bytes of the parameters before and after an engine is closed, by ZeRO file: nothing else may keep them."""
+    found = {}
+    for zero in ("z2", "z3"):
+        engine = make_engine(world, job["models"]["tied"], make_settings(2), zero, trains=False)
+        tensors = [t for p in engine.policy.parameters() for t in (p, getattr(p, "ds_tensor", None)) if t is not None]
+        before = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        engine.close()
+        found[zero] = (before, sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+    return found
+
+
 def out_of_memory(world: World, job: dict) -> str:
     """A dry run in an address space that has no room for the attention mask of a long pair."""
     settings = make_settings(2, global_batch_size=2, micro_batch_size=1, max_length=20_000)
@@ -274,6 +286,7 @@ SCENARIOS = {
     "unrehearsed": lambda world, job: rehearsed(world, job, lambda *parts: None),
     "rehearsed": lambda world, job: rehearsed(world, job, lambda *parts: rehearse(*parts, range(2))),
     "out_of_memory": out_of_memory,
+    "closed": closed,
     "bf16": bf16,
     "resume": resume,
     "resume_elsewhere": resume_elsewhere,
