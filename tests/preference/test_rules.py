@@ -157,6 +157,12 @@ def test_reflection_is_what_follows_the_word_of_checking(think, score):
     assert score_of("reflection", think) == score
 
 
+def test_a_row_of_the_table_is_no_statement_about_the_image():
+    think, table = BOTH_SEEN + " Rule: cavity with fever.", {"cavity with fever": "carcinoma"}
+    assert score_of("no_hallucination", think) == 2
+    assert score_of("no_hallucination", think, meta={"conclusions": table}) == 5
+
+
 def test_fewer_than_half_of_the_findings_addressed():
     findings = {"left upper": "nodule", "left middle": "cavity", "right lower": "mass"}
     assert score_of("image_analysis", "A nodule in the left upper zone.", findings=findings) == 2

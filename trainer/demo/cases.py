@@ -21,6 +21,11 @@ RULES = {  # pattern -> diagnosis for each of HISTORIES; the first pattern that 
     "nodules": ("emboli", "metastases", "sarcoidosis"),
     "nodule": ("granuloma", "adenocarcinoma", "hamartoma"),
 }
+CONCLUSIONS = {  # what a reasoning can arrive at, with the diagnosis that it then must give
+    f"{name} with {history}": diagnosis
+    for name, row in RULES.items()
+    for history, diagnosis in zip(HISTORIES, row, strict=True)
+}
 DIAGNOSES = tuple(sorted({diagnosis for row in RULES.values() for diagnosis in row}))
 CRITERIA = ("logical_consistency", "image_analysis", "no_hallucination", "reflection")
 SPLITS = ("pretraining", "stage1", "stage2", "heldout")

@@ -9,18 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mede2.trainer.demo.cases import (
-    CRITERIA,
-    HISTORIES,
-    RULES,
-    Case,
-    case_seed,
-    chain,
-    corrupt,
-    look,
-    make_case,
-    render,
-)
+from mede2.trainer.demo.cases import CONCLUSIONS, CRITERIA, Case, case_seed, chain, corrupt, look, make_case, render
 from mede2.trainer.demo.phantoms import ZONES, Finding
 from mede2.trainer.evaluation.answers import parse_answer
 
@@ -30,11 +19,6 @@ LICENSE = "Apache-2.0"  # of the pictures, drawn here
 SECTIONS = ("look", "zones", "count", "history", "options")  # what the base model learns to write: never a diagnosis
 SECTION_WEIGHTS = (0.9, 0.4, 0.5, 0.5, 0.2)  # how often each of SECTIONS is asked for
 CRITERION_CYCLE = ("logical_consistency",) * 7 + CRITERIA[1:]  # most negatives where Stage I errs most, in the logic
-CONCLUSIONS = {  # what a reasoning can arrive at, with the diagnosis that it then must give
-    f"{name} with {history}": diagnosis
-    for name, row in RULES.items()
-    for history, diagnosis in zip(HISTORIES, row, strict=True)
-}
 WORDS = sorted(set(re.findall(r"</?\w+>|\w+", " ".join(chain(make_case(seed)) for seed in range(500)))))  # of chains
 
 

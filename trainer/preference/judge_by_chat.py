@@ -187,7 +187,7 @@ class ChatJudge:
         """sha256 of all that the verdict depends on."""
         pixels = [question.case.image_hashes, self.grey_window] if question.images else None
         asked = [messages_of(question, self.rubric), schema_of(question), pixels, AGAIN, self.attempts]
-        return hash_json([self.name, dict(self.settings), self.rubric.hash, question.order, asked])
+        return hash_json([self.name, dict(self.settings), self.rubric.hash, asked])
 
     async def ask(self, client: ChatClient, question: Question) -> Row:
         """The verdict on a question, for the journal: of each text its scores, or the last problem.

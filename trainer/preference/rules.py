@@ -3,10 +3,11 @@
 Its reach, criterion by criterion:
 
 - `logical_consistency` compares the conclusion that the reasoning states (an option behind a word of conclusion, or a
-  phrase of the case's `meta.conclusions`) with the final answer. It does not see a step that does not follow. It gives
-  1, 2, 3 or 5.
+  phrase of the case's `meta.conclusions`) with the final answer. It does not see whether the conclusion follows from
+  what was said before. It gives 1, 2, 3 or 5.
 - `image_analysis` and `no_hallucination` compare what the reasoning says of the image (`statements`) with the case's
-  structured findings (`meta.findings`); without these they cannot be judged.
+  structured findings (`meta.findings`); without these they cannot be judged. A phrase of the case's table is no
+  statement about the image.
 - `reflection` looks for a word of checking and for what follows it: earlier things named again, or a change. It does
   not see whether the check is right.
 """
@@ -106,17 +107,14 @@ def logical_consistency(case: Case, think: str, answer: str, rubric: Rubric) -> 
 
 def conclusions(case: Case, think: str, rubric: Rubric) -> list[Conclusion]:
     """Every conclusion that a reasoning states, in order."""
-    table = case.meta.get("conclusions") or {}
-    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-        raise ValueError(f"{case.source}: meta.conclusions: {{phrase: answer}}, not {table!r:.60}")
-    entails = {" ".join(words.lower().split()): value for words, value in table.items()}
-    in_table = phrase(entails) if entails else None
+    entails = _table(case)
+    in_table = phrase(entails)
     cue = phrase(rubric.words.conclusions)
     found: list[Conclusion] = []
     every = sentences(think)
     for place, sentence in enumerate(every):
         lower = sentence.lower()
-        for match in in_table.finditer(lower) if in_table else ():
+        for match in in_table.finditer(lower):
             if (words := " ".join(match.group().split())) in entails:  # without the plural s that `phrase` allows
                 found.append(Conclusion(_target(entails[words], case.options), sentence, True, place))
         cued = cue.search(lower)
@@ -128,6 +126,14 @@ def conclusions(case: Case, think: str, rubric: Rubric) -> list[Conclusion]:
             if len(named) == 1:
                 found.append(Conclusion(named.pop(), sentence, False, place))
     return found
+
+
+def _table(case: Case) -> dict[str, str]:
+    """The case's own table of conclusions: phrase, in lower case with single spaces, to answer."""
+    table = case.meta.get("conclusions") or {}
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise ValueError(f"{case.source}: meta.conclusions: {{phrase: answer}}, not {table!r:.60}")
+    return {" ".join(words.lower().split()): value for words, value in table.items()}
 
 
 def _named(lower: str, options: Sequence[str], rubric: Rubric) -> set[str]:
@@ -206,8 +212,9 @@ def no_hallucination(case: Case, think: str, rubric: Rubric) -> Score:
 
 
 def _reader(case: Case, rubric: Rubric) -> ImageReader:
+    rows = _table(case)
     try:
-        return ImageReader(rubric.words, case.meta.get("findings"), case.options)
+        return ImageReader(rubric.words, case.meta.get("findings"), case.options, rows)
     except ValueError as error:
         raise ValueError(f"{case.source}: {error}") from error
 

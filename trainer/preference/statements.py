@@ -60,6 +60,7 @@ def phrase(words: Iterable[str]) -> re.Pattern:
     """A pattern for any of some words or phrases (the longest first), with a plural s, in lower-case text."""
     ordered = sorted(words, key=len, reverse=True)
     either = "|".join(re.escape(word).replace(r"\ ", r"\s+").replace("'", r"['\u2019]") for word in ordered)
+    either = either or "(?!)"  # of no words none is found
     return re.compile(rf"(?<![\w-])(?:{either})s?(?!\w)")
 
 
@@ -72,12 +73,19 @@ class ImageReader:
             one, and the findings "normal", "clear" and "none", say that nothing is there.
         options: what the case offers. A word that names an option is a diagnosis here, unless the case has it as a
             finding.
+        rows: phrases, in lower case, that name a row of the case's own table of conclusions, and so not what is seen.
 
     Raises:
         ValueError: `findings` of another form.
     """
 
-    def __init__(self, words: Words, findings: Mapping[str, Any] | None, options: Sequence[str] = ()):
+    def __init__(
+        self,
+        words: Words,
+        findings: Mapping[str, Any] | None,
+        options: Sequence[str] = (),
+        rows: Iterable[str] = (),
+    ):
         self.words = words
         self.axis = {name: axis for axis, named in words.places.items() for name in named}
         self._kinds = {name: phrase((name, *others)) for name, others in words.findings.items()}
@@ -88,6 +96,7 @@ class ImageReader:
         for kind in [kind for kind, words in self._kinds.items() if kind not in named and words.search(offered)]:
             del self._kinds[kind]
         self._said = {name: phrase(getattr(words, name)) for name in CUES}
+        self._rows = phrase(rows)
 
     def _findings(self, findings: Mapping[str, Any]) -> Iterator[Finding]:
         if not isinstance(findings, Mapping):
@@ -141,8 +150,9 @@ class ImageReader:
         return {self.axis[name] for name in place if name in self.axis}
 
     def _sentence(self, sentence: str) -> Iterator[Statement]:
-        looks = bool(self._said["looks"].search(sentence.lower()))
-        for clause in CLAUSE.split(NOT_A_SIDE.sub(" ", sentence.lower())):
+        lower = NOT_A_SIDE.sub(" ", self._rows.sub(" ", sentence.lower()))
+        looks = bool(self._said["looks"].search(lower))
+        for clause in CLAUSE.split(lower):
             yield from self._clause(clause, sentence, looks)
 
     def _clause(self, clause: str, quote: str, looks: bool) -> Iterator[Statement]:
