@@ -22,4 +22,6 @@ def branch_mask(pieces: Tensor, branches: Tensor, dtype: torch.dtype) -> Tensor:
     same_piece = pieces[:, :, None] == pieces[:, None, :]
     in_view = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
     hidden = ~(earlier & same_piece & in_view)[:, None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
+    # Rows begin at multiples of 16 bytes, or CUDA's memory-efficient attention would copy the mask in every layer.
+    mask = torch.zeros(*hidden.shape[:3], -(-length // 8) * 8, dtype=dtype, device=hidden.device)[..., :length]
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)

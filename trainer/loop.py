@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from mede2.trainer.data.batches import Batches
+from mede2.trainer.data.batches import Batches, Feed
 from mede2.trainer.engine import Engine, NonFiniteUpdate
 from mede2.trainer.objectives import Objective, Stats
 from mede2.trainer.settings import Settings, learning_rate_at
@@ -16,15 +16,14 @@ Hook = Callable[[int, dict[str, float]], None]
 def train(
     engine: Engine,
     objective: Objective,
-    batches: Batches,
+    feed: Feed,
     settings: Settings,
     *,
-    first_step: int,
     num_steps: int,
     before_update: Hook,
     after_update: Hook,
 ) -> None:
-    """Run updates `first_step` .. `num_steps` - 1.
+    """Run the updates of `feed.steps`.
 
     Every average is over the global batch, so the same global batch makes the same update whatever the number of
     ranks or accumulation steps. Ranks branch on reduced values only.
@@ -32,9 +31,8 @@ def train(
     Args:
         engine: the policy, sharded over the ranks.
         objective: from a micro-batch's log-probabilities to the loss.
-        batches: what each update trains on; a pure function of the step.
+        feed: what each update trains on, a pure function of the step; collated ahead by workers.
         settings: of the run.
-        first_step: 0, or the updates that a checkpoint holds.
         num_steps: updates of the whole run.
         before_update: called with the step and its metrics while the weights are still the old ones.
         after_update: the same after it; logs, evaluates, saves.
@@ -42,13 +40,12 @@ def train(
     Raises:
         NonFiniteUpdate: on every rank, before anything is updated; names the rows.
     """
-    feed = batches.feed(range(first_step, num_steps))
-    for step in range(first_step, num_steps):
+    for step in feed.steps:
         engine.set_learning_rate(learning_rate_at(settings, step, num_steps))
-        totals = batches.totals(step)  # pairs and answer tokens, over ranks and accumulation
+        totals = feed.batches.totals(step)  # pairs and answer tokens, over ranks and accumulation
         stats: Stats = {}
         suspects: list[str] = []
-        for micro_batch in feed.micro_batches(step):  # collated ahead by workers
+        for micro_batch in feed.micro_batches(step):
             micro_batch = micro_batch.to(engine.world.device, engine.dtype)
             token_logps = engine(micro_batch)  # (N,) fp32, answer tokens only, no logits
             loss, shares = objective(token_logps, micro_batch, totals)
@@ -57,6 +54,7 @@ def train(
             if not torch.isfinite(loss):
                 suspects += micro_batch.sources
 
+        stats["data_wait_ms"], feed.waited_s = 1e3 * feed.waited_s / engine.world.size, 0.0
         metrics = engine.world.sum(stats)  # shares of means: their sum over ranks is the mean
         if not math.isfinite(metrics["loss"]):
             rows = sorted({row for part in engine.world.gather(suspects) for row in part})
@@ -66,7 +64,6 @@ def train(
         objective.observe(metrics)
         metrics["learning_rate"] = learning_rate_at(settings, step, num_steps)
         metrics["num_tokens"] = totals.num_tokens
-        metrics["data_wait_ms"], feed.waited_s = 1e3 * feed.waited_s, 0.0
         after_update(step, metrics)
 
 

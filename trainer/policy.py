@@ -80,10 +80,14 @@ class Policy(nn.Module):
 
         Args:
             inputs: of the model: input_ids (R, T), position_ids and the images' tensors.
-            branches: (2, R, T) int64, piece and branch of each token, or None for the model's own causal mask.
+            branches: (2, R, T) int64, piece and branch of each token, or None where every row is one conversation.
+                Flash attention takes no mask: it tells the conversations of a packed row apart by their positions,
+                and prompts are not shared under it.
             rows: (N,) int64, positions in the flattened (R * T) hidden states.
         """
-        mask = None if branches is None else branch_mask(*branches, dtype=self.model.dtype)
+        mask = None
+        if branches is not None and self.model.config._attn_implementation != "flash_attention_2":
+            mask = branch_mask(*branches, dtype=self.model.dtype)
         hidden = self.model.model(**inputs, attention_mask=mask, use_cache=False).last_hidden_state  # (R, T, H)
         return hidden.flatten(0, 1).index_select(0, rows)
 

@@ -115,11 +115,13 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
             processor, positions, dataset.has_images, layout, packed=settings.pack_length > 0,
             corruption=(settings.corruption, settings.seed) if corrupted else None, grey_window=settings.grey_window,
         )  # fmt: skip
-        lengths = tuple(map(layout.length, dataset.examples))
-        if settings.pack_length and max(lengths) > settings.pack_length:
-            longest = dataset.examples[lengths.index(max(lengths))]
-            raise ValueError(f"pack_length: {settings.pack_length} is less than the {max(lengths)} of {longest.source}")
-        sampler = Sampler(lengths, batch, seed, settings.pack_length)
+        sampler = Sampler(tuple(map(layout.lengths, dataset.examples)), batch, seed, settings.pack_length)
+        longest = max(range(len(dataset.examples)), key=sampler.num_tokens)
+        if 0 < settings.pack_length < sampler.num_tokens(longest):
+            raise ValueError(
+                f"pack_length: {settings.pack_length} is less than the {sampler.num_tokens(longest)} tokens of "
+                f"{dataset.examples[longest].source}"
+            )
         return Batches(dataset, sampler, collator, world, settings.num_workers)
 
     _check_corruption(settings, train_set, eval_set)

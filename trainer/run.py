@@ -10,7 +10,7 @@ import torch
 
 from mede2.trainer import reference
 from mede2.trainer.checkpoint import load_checkpoint, save_checkpoint
-from mede2.trainer.data.batches import Batches
+from mede2.trainer.data.batches import Batches, Feed
 from mede2.trainer.data.dataset import write_bad_rows
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.demo import defaults
@@ -65,14 +65,14 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         world.on_main(lambda: start_wandb(run.settings, output, STAGE_NAMES[run.stage]))
     torch.manual_seed(run.settings.seed + world.rank)  # dropout differs from rank to rank
 
+    first_step = checkpoint.step if checkpoint else 0
+    feed = run.train.feed(range(first_step, run.num_steps))  # forks its workers, so before there is an engine
     objective, held_out_objective, engine = _objectives_and_engine(run)
-    first_step = 0
     if checkpoint:
         load_checkpoint(engine, checkpoint)
         objective.load_state_dict(checkpoint.objective)
-        first_step = checkpoint.step
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
-    _train(run, engine, objective, held_out_objective, first_step)
+    _train(run, engine, objective, held_out_objective, feed)
     rows = world.on_main(lambda: read_metrics(output / "metrics.jsonl"))
     last = rows[-1] if rows else {}  # none where a finished checkpoint continues in a new output
     difference = _export(run, engine, last)
@@ -212,14 +212,14 @@ def _load(run: Prepared, folder: Path, adapter: Settings | Path | None = None, q
 
 
 def _train(
-    run: Prepared, engine: Engine, objective: Objective, held_out_objective: Objective | None, first_step: int
+    run: Prepared, engine: Engine, objective: Objective, held_out_objective: Objective | None, feed: Feed
 ) -> None:
     """The loop with its watching, evaluating and saving."""
     settings, world = run.settings, run.world
     watch = None
     if world.is_main:
         tracker = started_run() if settings.wandb else None
-        watch = Metrics(run.output, first_step, run.num_steps, f"stage {run.stage}", tracker)
+        watch = Metrics(run.output, feed.steps.start, run.num_steps, f"stage {run.stage}", tracker)
     check_moved = None if on_nvme(run.config) else MovedCheck(engine)
     if check_moved is None:
         world.say("offload to NVMe: whether all that trains moves is not checked")
@@ -235,7 +235,7 @@ def _train(
     def after_update(step: int, metrics: dict[str, float]) -> None:
         done = step + 1
         seconds = watch.lap() if watch else 0.0
-        if check_moved:
+        if check_moved and check_moved.waiting:
             check_moved(has_image=run.train.totals(step).num_with_image > 0)
         metrics["epoch"] = done / run.train.sampler.steps_per_epoch
         if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
@@ -248,12 +248,11 @@ def _train(
         if watch:
             watch.start_lap()
 
-    steps = range(first_step, run.num_steps)
     try:
-        if steps:
-            rehearse(engine, objective, run.train, steps)
+        if feed.steps:
+            rehearse(engine, objective, run.train, feed.steps)
         train(
-            engine, objective, run.train, settings, first_step=first_step, num_steps=run.num_steps,
+            engine, objective, feed, settings, num_steps=run.num_steps,
             before_update=before_update, after_update=after_update,
         )  # fmt: skip
     finally:

@@ -14,11 +14,13 @@ from mede2.trainer.settings import ENHANCE, BatchArithmetic
 
 @pytest.fixture
 def make(load, stage2_file, processor, model_folder, world):
-    def batches(*, micro_batch_size=2, pack_length=0, num_workers=0, seed=1) -> Batches:
+    def batches(*, micro_batch_size=2, pack_length=0, num_workers=0, seed=1, layout=Layout()) -> Batches:  # noqa: B008
         dataset = load(stage2_file, ENHANCE)
-        lengths = tuple(map(Layout().length, dataset.examples))
+        lengths = tuple(map(layout.lengths, dataset.examples))
         sampler = Sampler(lengths, BatchArithmetic(4, micro_batch_size, 1), seed, pack_length)
-        collator = Collator(processor, Positions(model_folder), True, Layout(), packed=pack_length > 0)
+        collator = Collator(
+            processor, Positions(model_folder), True, layout, packed=pack_length > 0, corruption=("blank", 0)
+        )
         return Batches(dataset, sampler, collator, world, num_workers)
 
     return batches
@@ -55,11 +57,13 @@ def test_an_image_that_is_gone_is_the_error_of_the_step_that_wants_it(make, tmp_
         list(batches.feed(range(step, step + 1)).micro_batches(step))
 
 
-@pytest.mark.parametrize(("micro_batch_size", "pack_length"), [(1, 0), (2, 0), (1, 200), (1, 10_000)])
-def test_the_heaviest_micro_batch_has_the_most_tokens_of_all(make, micro_batch_size, pack_length):
-    batches, steps = make(micro_batch_size=micro_batch_size, pack_length=pack_length), range(6)
+@pytest.mark.parametrize("layout", [Layout(), Layout(False), Layout(True, True)], ids=["shared", "apart", "corrupted"])
+@pytest.mark.parametrize(("micro_batch_size", "pack_length"), [(1, 0), (2, 0), (1, 300), (1, 10_000)])
+def test_the_heaviest_micro_batch_has_the_most_tokens_of_all(make, micro_batch_size, pack_length, layout):
+    batches = make(micro_batch_size=micro_batch_size, pack_length=pack_length, layout=layout)
     sizes = {
         (step, number): batch.inputs["input_ids"].numel()
-        for step in steps for number, batch in enumerate(batches.micro_batches(step))
+        for step in range(4) for number, batch in enumerate(batches.micro_batches(step))
     }  # fmt: skip
-    assert sizes[heaviest(batches, steps)] >= max(sizes.values()) - 4  # the filler image's tokens are not counted
+    filler = batches.collator.filler.shape[1]  # is not counted
+    assert sizes[heaviest(batches, range(4))] >= max(sizes.values()) - filler

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from mede2.trainer.attention import branch_mask
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.collate import Collator
 from mede2.trainer.data.corruption import corrupt
@@ -222,6 +223,25 @@ def test_filler_image_changes_no_log_probability(model_and_policy, collate, indi
     torch.testing.assert_close(logps_of(policy, with_filler), logps_of(policy, without), **TOLERANCE)
 
 
+@pytest.mark.parametrize("indices", [(1,), (2, 1), (0, 2, 4)])
+def test_one_conversation_a_row_needs_no_mask(collate, indices):
+    """Whatever lies behind it: padding, or the filler image. Its places in the text go on, so that transformers takes
+    the row for one sequence."""
+    batch = collate(*indices, shared_prefix=False)
+    assert batch.branches is None
+    positions = batch.inputs["position_ids"]
+    places = positions[0] if positions.ndim == 3 else positions
+    assert places.tolist() == [list(range(places.shape[1]))] * len(places)
+
+
+@pytest.mark.parametrize("length", [5, 8, 13])
+def test_rows_of_the_mask_are_aligned(length):
+    mask = branch_mask(torch.ones(2, length).long(), torch.zeros(2, length).long(), torch.bfloat16)
+    assert mask.shape == (2, 1, length, length)
+    assert mask.stride(2) % 8 == 0
+    assert (mask == 0).sum() == 2 * length * (length + 1) // 2
+
+
 def test_pieces_have_rows_of_their_own_padded_at_the_right(collate, examples):
     batch = collate(2, 1)
     pieces = [piece for index in (2, 1) for piece in Layout().pieces(examples[index])]
@@ -234,7 +254,7 @@ def test_pieces_have_rows_of_their_own_padded_at_the_right(collate, examples):
 
 def test_a_packed_row_has_no_padding(collate, examples):
     batch = collate(2, 1, 5, packed=True)
-    assert batch.inputs["input_ids"].shape == (1, sum(Layout().length(examples[index]) for index in (2, 1, 5)))
+    assert batch.inputs["input_ids"].shape == (1, sum(sum(Layout().lengths(examples[index])) for index in (2, 1, 5)))
     assert batch.branches[0].unique_consecutive().tolist() == [1, 2, 3]
 
 
@@ -274,7 +294,7 @@ def test_totals_count_what_is_learnt_over_the_global_batch(
     """Seven rows in batches of four: the fourth slot of the second batch is filler and counts nowhere."""
     for file, stage in ((stage1_file, ELICIT), (stage2_file, ENHANCE)):
         dataset = load(file, stage)
-        sampler = Sampler(tuple(map(Layout().length, dataset.examples)), BatchArithmetic(4, 2, 1), seed=0)
+        sampler = Sampler(tuple(map(Layout().lengths, dataset.examples)), BatchArithmetic(4, 2, 1), seed=0)
         collator = Collator(processor, Positions(model_folder), dataset.has_images, Layout())
         batches = Batches(dataset, sampler, collator, world)
         totals = [batches.totals(step) for step in range(2)]

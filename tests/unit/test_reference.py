@@ -32,7 +32,7 @@ def engine(world, logps_of_row=lambda index, side: -(10.0 * index + side) - 1 / 
 def batches(load, stage2_file, processor, model_folder, world):
     """Seven rows in batches of four: the last one has filler."""
     dataset = load(stage2_file, ENHANCE)
-    sampler = Sampler(tuple(map(Layout().length, dataset.examples)), BatchArithmetic(4, 2, 1), seed=3)
+    sampler = Sampler(tuple(map(Layout().lengths, dataset.examples)), BatchArithmetic(4, 2, 1), seed=3)
     return Batches(dataset, sampler, Collator(processor, Positions(model_folder), True, Layout()), world)
 
 

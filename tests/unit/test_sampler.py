@@ -11,7 +11,7 @@ from mede2.trainer.settings import BatchArithmetic
 def sampler(
     num_examples=22, global_batch_size=8, micro_batch_size=1, world_size=1, seed=5, pack_length=0
 ) -> Sampler:  # fmt: skip
-    lengths = tuple(10 + 7 * index % 40 for index in range(num_examples))
+    lengths = tuple((10 + 7 * index % 40,) for index in range(num_examples))
     return Sampler(lengths, BatchArithmetic(global_batch_size, micro_batch_size, world_size), seed, pack_length)
 
 
@@ -65,18 +65,25 @@ def test_micro_batches_hold_examples_of_like_lengths_longest_first(micro_batch_s
     for step in range(of.steps_per_epoch):
         of_ranks = [of.micro_batches(step, rank) for rank in range(world_size)]
         in_time = [micro[number] for number in range(len(of_ranks[0])) for micro in of_ranks]
-        lengths = [of.lengths[slot.index] for micro in in_time for slot in micro if slot.weight]
+        lengths = [of.longest(slot.index) for micro in in_time for slot in micro if slot.weight]
         assert lengths == sorted(lengths, reverse=True)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 8])
 @pytest.mark.parametrize("pack_length", [49, 60, 100, 1000])
-def test_packed_rows_keep_the_budget_and_no_two_of_them_would_fit_in_one(pack_length):
-    of = sampler(pack_length=pack_length)
+def test_packed_rows_keep_the_budget_and_leave_no_rank_idle_beside_a_full_one(pack_length, world_size):
+    of = sampler(pack_length=pack_length, world_size=world_size)
     for step in range(of.steps_per_epoch):
-        loads = [sum(of.lengths[slot.index] for slot in row) for row in of.micro_batches(step, 0)]
-        assert loads == sorted(loads, reverse=True)
-        assert loads[0] <= pack_length
-        assert all(a + b > pack_length for a, b in zip(loads[-1:], loads[-2:-1], strict=False))
+        rows = [row for rank in range(world_size) for row in of.micro_batches(step, rank)]
+        loads = [sum(of.num_tokens(slot.index) for slot in row if slot.weight) for row in rows]
+        assert max(loads) <= pack_length
+        longest = max(of.num_tokens(index) for index in of.global_batch(step))
+        filled = [load for load in loads if load]
+        assert max(filled) - min(filled) <= longest
+        counts = [len(row) for row in rows if row[0].weight]
+        assert len(counts) == len(rows) or max(counts) == 1
+        if world_size == 1:
+            assert len(rows) <= 1 + 2 * sum(loads) // pack_length
 
 
 def test_order_is_pure_and_differs_between_epochs_and_seeds():

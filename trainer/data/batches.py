@@ -66,7 +66,7 @@ class Batches:
             num_examples=len(examples),
             num_with_image=sum(bool(example.images) for example in examples),
             num_answer_tokens=sum(example.sequences[0].num_answer_tokens for example in examples),
-            num_tokens=sum(self.collator.layout.length(example) for example in examples),
+            num_tokens=sum(sum(self.collator.layout.lengths(example)) for example in examples),
         )
 
 
@@ -89,24 +89,29 @@ class _Planned(torch.utils.data.Dataset):
 class Feed:
     """The micro-batches of successive updates, in order, prepared while earlier ones compute.
 
+    Workers are forked when it is made: before an engine holds memory that it rewrites, or each keeps its old pages.
+
     Args:
         batches: of one rank.
         steps: the updates.
 
     Attributes:
+        batches, steps: as given.
         waited_s: seconds that the step has waited for data since it was last set to 0.
     """
 
     def __init__(self, batches: Batches, steps: range):
+        self.batches, self.steps = batches, steps
         rank = batches.world.rank
         of_steps = {step: batches.sampler.micro_batches(step, rank) for step in steps}
         self._sizes = {step: len(plan) for step, plan in of_steps.items()}
         plan = [slots for step in steps for slots in of_steps[step]]
         self.waited_s = 0.0
+        num_workers = min(batches.num_workers, len(plan))
         self._loader = iter(
             DataLoader(
-                _Planned(batches.collator, batches.dataset.examples, plan), batch_size=None,
-                num_workers=min(batches.num_workers, len(plan)), pin_memory=batches.world.device.type == "cuda",
+                _Planned(batches.collator, batches.dataset.examples, plan), batch_size=None, num_workers=num_workers,
+                multiprocessing_context="fork" if num_workers else None, pin_memory=batches.world.device.type == "cuda",
                 collate_fn=_as_it_is, generator=torch.Generator(),  # the default one belongs to the run
             )
         )  # fmt: skip

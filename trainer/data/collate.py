@@ -23,9 +23,8 @@ class MicroBatch:
 
     Attributes:
         inputs: of the model: input_ids (R, T) int64, position_ids (4, R, T) or (R, T) int64, and the images' tensors.
-        branches: (2, R, T) int64, piece and branch of each token (`attention.branch_mask`), or None where no answers
-            share a prompt: then the model's own causal mask serves, which tells packed examples apart by positions
-            that begin anew.
+        branches: (2, R, T) int64, piece and branch of each token (`attention.branch_mask`), or None where every row
+            is one conversation, for which plain causal attention is right, whatever lies behind it.
         rows: (N,) int64, positions in the flattened (R * T) hidden states that predict an answer token.
         targets: (N,) int64, those tokens.
         sequence: (N,) int64, the sequence that each belongs to: side * B + example, sides as in `layout`.
@@ -98,15 +97,17 @@ class Collator:
         grids = iter(pixels.get("image_grid_thw", ()))
         parts = [[self._tokens(piece, number, grids) for number, (_, piece) in enumerate(row, 1)] for row in rows]
         if self.with_images and not images:
-            parts[0].append(self.filler)
+            filler = self.filler.copy()
+            filler[3] += parts[0][-1][3, -1] + 1  # its places go on like those of padding
+            parts[0].append(filler)
 
         tokens = self._padded([np.concatenate(row, 1) for row in parts])
         positions = tokens[3:]
-        shares_prompts = any(len(piece.sequences) > 1 for _, piece in placed)
+        one_each = len(rows) == len(placed) == sum(len(piece.sequences) for _, piece in placed)
         answers = _answers(rows, len(slots), tokens.shape[2])
         return MicroBatch(
             inputs={"input_ids": tokens[0], "position_ids": positions if len(positions) > 1 else positions[0]} | pixels,
-            branches=tokens[1:3] if shares_prompts else None,
+            branches=None if one_each else tokens[1:3],
             rows=torch.from_numpy(np.concatenate([rows for _, rows, _ in answers])),
             targets=torch.from_numpy(np.concatenate([targets for *_, targets in answers])),
             sequence=torch.from_numpy(np.repeat(*zip(*((number, len(t)) for number, _, t in answers), strict=True))),
@@ -150,11 +151,16 @@ class Collator:
         return np.stack([piece.input_ids(), np.full(len(piece), number), piece.branches(), *positions])
 
     def _padded(self, rows: list[np.ndarray]) -> Tensor:
-        """(3 + k, R, T) int64 from rows of (3 + k, T), filled at the right; piece 0 is padding."""
+        """(3 + k, R, T) int64 from rows of (3 + k, T), filled at the right.
+
+        Padding is piece 0, and its places in the text go on where the row ends: places that begin anew would tell
+        transformers that the row is packed, and cost it a mask.
+        """
         padded = np.zeros((len(rows[0]), len(rows), max(row.shape[1] for row in rows)), dtype=np.int64)
         padded[0] = self.pad_token_id
         for number, row in enumerate(rows):
             padded[:, number, : row.shape[1]] = row
+            padded[3, number, row.shape[1] :] = row[3, -1] + 1 + np.arange(padded.shape[2] - row.shape[1])
         return torch.from_numpy(padded)
 
     def _process(self, images: list[Image.Image]) -> tuple[dict, dict[str, Tensor]]:

@@ -78,9 +78,9 @@ class Layout:
             pieces.append(Piece((first,), len(first), (CORRUPTED,), images))
         return pieces
 
-    def length(self, example: Example) -> int:
-        """Tokens that the example puts through the model."""
-        return sum(map(len, self.pieces(example)))
+    def lengths(self, example: Example) -> tuple[int, ...]:
+        """Tokens of each of its pieces."""
+        return tuple(map(len, self.pieces(example)))
 
     def num_sides(self, example: Example) -> int:
         return len(example.sequences) + (self.corrupted and len(example.sequences) > 1)

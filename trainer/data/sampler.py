@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -25,13 +26,13 @@ class Sampler:
     the first micro-batch. As every average is over the global batch, none of this changes an update.
 
     Attributes:
-        lengths: tokens of each example (`Layout.length`).
+        lengths: tokens of each piece of each example (`Layout.lengths`).
         batch: the batch arithmetic.
         seed: of the order; None keeps the order of the file (evaluation).
         pack_length: 0, or the tokens of a packed row: then a micro-batch is one row of as many examples as fit.
     """
 
-    lengths: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...]
     batch: BatchArithmetic
     seed: int | None
     pack_length: int = 0
@@ -40,14 +41,11 @@ class Sampler:
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.lengths) / self.batch.global_batch_size)
 
-    def epoch_order(self, epoch: int) -> list[int]:
+    def epoch_order(self, epoch: int) -> tuple[int, ...]:
         """The order of the examples in an epoch (from 0)."""
-        if self.seed is None:
-            return list(range(len(self.lengths)))
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(len(self.lengths), generator=generator).tolist()
+        return _order(len(self.lengths), self.seed, epoch)
 
-    def global_batch(self, step: int) -> list[int]:
+    def global_batch(self, step: int) -> tuple[int, ...]:
         """The examples of update `step` (from 0), `global_batch_size` of them but for the last of an epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         size = self.batch.global_batch_size
@@ -59,8 +57,10 @@ class Sampler:
 
     def turns(self, step: int) -> list[list[Slot]]:
         """The micro-batches of update `step`, longest first; the ranks take them in turn."""
-        indices = sorted(self.global_batch(step), key=lambda index: -self.lengths[index])
-        filler, size = Slot(indices[-1], 0), self.batch.micro_batch_size
+        size = self.batch.micro_batch_size
+        by = self.num_tokens if self.pack_length else self.longest
+        indices = sorted(self.global_batch(step), key=lambda index: -by(index))
+        filler = Slot(indices[-1], 0)
         if self.pack_length:
             turns = self._packed(indices)
         else:
@@ -70,21 +70,42 @@ class Sampler:
             turns.append([filler] * size)
         return turns
 
+    def num_tokens(self, index: int) -> int:
+        """Tokens that an example puts through the model."""
+        return sum(self.lengths[index])
+
+    def longest(self, index: int) -> int:
+        """Tokens of an example's longest piece."""
+        return max(self.lengths[index])
+
     def num_computed(self, slots: list[Slot]) -> int:
         """Tokens of a micro-batch as it runs, padding counted."""
-        lengths = [self.lengths[slot.index] for slot in slots]
-        return sum(lengths) if self.pack_length else len(lengths) * max(lengths)
+        if self.pack_length:
+            return sum(self.num_tokens(slot.index) for slot in slots)
+        num_rows = sum(len(self.lengths[slot.index]) for slot in slots)
+        return num_rows * max(self.longest(slot.index) for slot in slots)
 
     def _packed(self, indices: list[int]) -> list[list[Slot]]:
-        """Rows of at most `pack_length` tokens, fullest first: each example, longest first, where it first fits."""
-        rows: list[list[Slot]] = []
-        loads: list[int] = []
-        for index in indices:
-            length = self.lengths[index]
-            row = next((r for r, load in enumerate(loads) if load + length <= self.pack_length), len(rows))
-            if row == len(rows):
-                rows.append([])
-                loads.append(0)
-            rows[row].append(Slot(index, 1))
-            loads[row] += length
-        return [row for _, row in sorted(zip(loads, rows, strict=True), key=lambda pair: -pair[0])]
+        """Rows of at most `pack_length` tokens, fullest first, as few for each rank as do, and as even: each example,
+        longest first, goes into the emptiest row."""
+        lengths, world_size = [self.num_tokens(index) for index in indices], self.batch.world_size
+        num_rows = math.ceil(sum(lengths) / self.pack_length / world_size) * world_size
+        while True:
+            rows: list[list[Slot]] = [[] for _ in range(num_rows)]
+            loads = [0] * num_rows
+            for index, length in zip(indices, lengths, strict=True):
+                row = loads.index(min(loads))
+                rows[row].append(Slot(index, 1))
+                loads[row] += length
+            if max(loads) <= self.pack_length:
+                return [row for _, row in sorted(zip(loads, rows, strict=True), key=lambda pair: -pair[0]) if row]
+            num_rows += world_size
+
+
+@lru_cache(maxsize=4)
+def _order(num_examples: int, seed: int | None, epoch: int) -> tuple[int, ...]:
+    """Kept for the epochs at hand: an update asks for it several times, and it is as long as the data set."""
+    if seed is None:
+        return tuple(range(num_examples))
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return tuple(torch.randperm(num_examples, generator=generator).tolist())

@@ -42,7 +42,7 @@ def gradients(world: World, job: dict, case: str) -> dict:
         result.update(metrics=dict(metrics), gradients=applied_gradients(engine))
 
     train(
-        engine, objective, batches, settings, first_step=0, num_steps=1, before_update=no_hook, after_update=keep
+        engine, objective, batches.feed(range(1)), settings, num_steps=1, before_update=no_hook, after_update=keep
     )  # fmt: skip
     engine.close()
     return result
@@ -62,7 +62,7 @@ def elicit_run(
         between(engine)
     try:
         train(
-            engine, elicit, batches, settings, first_step=0, num_steps=num_steps, before_update=no_hook,
+            engine, elicit, batches.feed(range(num_steps)), settings, num_steps=num_steps, before_update=no_hook,
             after_update=lambda step, metrics: check(has_image),
         )  # fmt: skip
     except NotMoved as error:
@@ -80,7 +80,7 @@ def rates(world: World, job: dict) -> dict:
     engine = make_engine(world, model, settings)
     before, after = engine.state_dict() or {}, {}
     train(
-        engine, elicit, batches, settings, first_step=0, num_steps=2, before_update=no_hook,
+        engine, elicit, batches.feed(range(2)), settings, num_steps=2, before_update=no_hook,
         after_update=lambda step, metrics: after.update(engine.state_dict() or {}) if step == 0 else None,
     )  # fmt: skip
     engine.close()

@@ -74,7 +74,7 @@ def one_update(world: World, job: dict, case: str, batches_type: type[Batches] =
         result.update(metrics=dict(metrics), gradients=applied_gradients(engine))
 
     train(
-        engine, objective, batches, settings, first_step=0, num_steps=1, before_update=no_hook, after_update=keep
+        engine, objective, batches.feed(range(1)), settings, num_steps=1, before_update=no_hook, after_update=keep
     )  # fmt: skip
     pixels = [part.inputs.get("pixel_values", torch.zeros(1)) for part in batches.micro_batches(0)]
     offload = getattr(engine.policy, "offload", None)

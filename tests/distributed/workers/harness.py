@@ -75,7 +75,7 @@ def make_batches(world: World, model: str, records: str, stage: int, settings: S
     dataset = load_dataset((records,), stage, Encoder(processor, settings.max_length), "stop", world)
     batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
     layout = Layout(settings.shared_prefix, corrupted="image_conditional" in settings.objective)
-    lengths = tuple(map(layout.length, dataset.examples))
+    lengths = tuple(map(layout.lengths, dataset.examples))
     collator = Collator(
         processor, Positions(Path(model)), dataset.has_images, layout, packed=settings.pack_length > 0,
         corruption=(settings.corruption, settings.seed),

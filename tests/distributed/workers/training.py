@@ -31,10 +31,8 @@ def run(
         losses.append(metrics["loss"])
         after_update(step, metrics)
 
-    train(
-        engine, objective, batches, settings, first_step=first_step, num_steps=num_steps, before_update=no_hook,
-        after_update=after,
-    )  # fmt: skip
+    feed = batches.feed(range(first_step, num_steps))
+    train(engine, objective, feed, settings, num_steps=num_steps, before_update=no_hook, after_update=after)
     return losses
 
 
@@ -211,7 +209,7 @@ def reference_cache(world: World, job: dict) -> dict:
         objective = Enhance(settings, values)
         try:
             train(
-                engine, objective, batches, settings, first_step=0, num_steps=1, before_update=before_update,
+                engine, objective, batches.feed(range(1)), settings, num_steps=1, before_update=before_update,
                 after_update=no_hook,
             )  # fmt: skip
         except Enough:
