@@ -152,7 +152,7 @@ def test_settings_that_cannot_go_together(given, message):
 def test_settings_that_the_deepspeed_file_cannot_serve(file, given, message):
     config, settings = read_deepspeed_file(DS_CONFIGS / f"{file}.json"), Settings(**given)
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is checked
-        fill_deepspeed_config(config, settings, BatchArithmetic(16, 1, 1), torch.float32, 96)
+        fill_deepspeed_config(config, settings, BatchArithmetic(16, 1, 1), torch.float32, 96, 999)
     assert message in str(raised.value)
 
 
