@@ -89,7 +89,6 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         f"done: {run.num_steps} updates, {seconds:.0f} s; model in {output} "
         f"(loaded again: log-probabilities within {difference:.1e} of the trained ones)"
     )
-    engine.close()
     return output
 
 
@@ -262,7 +261,10 @@ def _train(
 
 
 def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
-    """Write the model, load it again, compare, publish; returns the largest difference of a log-probability."""
+    """Write the model, load it again, compare, publish; returns the largest difference of a log-probability.
+
+    The engine is closed between: a device that just holds one model has no room for two.
+    """
     world = run.world
     probe = next(run.train.micro_batches(0)).to(world.device, engine.dtype)
     partial = run.output / ".export.partial"
@@ -279,12 +281,16 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     export(
         engine, run.model, partial, settings.max_pixels, card, max_shard_gb=settings.max_shard_gb, adapter_of=adapter_of
     )
+    engine.close()
     parts = (run.model, partial, settings.quantize) if adapter_of else (partial, None, None)
+    if settings.quantize and not adapter_of:  # 16 bits may not fit where 4 did: each rank holds a part of them
+        zero = run.config["zero_optimization"] | {"stage": 3}
+        run = dataclasses.replace(run, config=run.config | {"zero_optimization": zero})
     again = Engine(_load(run, *parts), run.config, world, run.dtype)
     with torch.no_grad():
         of_export = again(probe)
     merged = bool(settings.lora_rank) and adapter_of is None
-    difference = compare(of_engine, of_export, engine.dtype, world, merged)
+    difference = compare(of_engine, of_export, run.dtype, world, merged)
     again.close()
     world.on_main(lambda: publish(partial, run.output))
     return difference
