@@ -48,8 +48,8 @@ def add_adapter(model: nn.Module, adapter: Settings | Path, linears: Sequence[st
             use_dora=adapter.use_dora,
         )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # the same start on every rank, whatever was drawn before
-        if isinstance(adapter, Settings):
-            torch.manual_seed(adapter.seed)
+        if isinstance(adapter, Settings):  # on the CPU; `torch.manual_seed` would seed the GPUs too, and for good
+            torch.default_generator.manual_seed(adapter.seed)
         inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         if is_adapter(name):

@@ -83,7 +83,9 @@ def _run(stage: int, ds: str, recipe: str | None, assignments, train, dry_run, f
     if not own_records and not from_recipe:
         layers.insert(0, ("embedded default", defaults.recipe(stage)))
     quiet_transformers()
-    run_stage(resolve(stage, layers), ds, join_world())
+    world = join_world()
+    run_stage(resolve(stage, layers), ds, world)
+    world.leave()  # after an error the others may not get here: then the process just exits
 
 
 def _number_or_text(name: str, text: str) -> int | float | str:

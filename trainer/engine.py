@@ -69,8 +69,9 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
 
 
 def fill_deepspeed_config(
-    config: Mapping[str, Any], settings: Settings, batch: BatchArithmetic, dtype: torch.dtype, hidden_size: int
-) -> dict[str, Any]:
+    config: Mapping[str, Any], settings: Settings, batch: BatchArithmetic, dtype: torch.dtype, hidden_size: int,
+    largest_parameter: int,
+) -> dict[str, Any]:  # fmt: skip
     """The DeepSpeed configuration of a run: every "auto" filled from the settings, every explicit value checked.
 
     Args:
@@ -79,6 +80,8 @@ def fill_deepspeed_config(
         batch: the batch arithmetic.
         dtype: of the weights.
         hidden_size: of the language model, for the sizes of ZeRO's buffers.
+        largest_parameter: number of values of the model's largest one; a buffer between NVMe and memory holds a
+            rank's share of it.
 
     Raises:
         ValueError: a value that disagrees with the settings, or an "auto" that nothing fills; names the field.
@@ -113,6 +116,16 @@ def fill_deepspeed_config(
         raise ValueError(f"nvme_path: {settings.nvme_path}, but no offload to NVMe in the --ds file asks for it")
     for field in unset:
         _put(filled, field, settings.nvme_path)
+    if "param" in on_nvme(filled):  # DeepSpeed's own default is less than the share of many an embedding
+        field, share = "zero_optimization.offload_param.buffer_size", -(-largest_parameter // batch.world_size)
+        given = _get(filled, field)
+        if given in ("auto", None):
+            _put(filled, field, share)
+        elif not isinstance(given, (int, float)) or given < share:
+            raise ValueError(
+                f"--ds: {field} is {given!r}, but a rank holds {share} values of the largest parameter: give that many "
+                'or more, or "auto"'
+            )
     for field, value in sizes.items():
         if _get(filled, field) == "auto":
             _put(filled, field, value)

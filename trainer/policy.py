@@ -171,6 +171,12 @@ def check_adapter(config: transformers.PreTrainedConfig, settings: Settings) -> 
         targets(settings.lora_target_modules, language_linears(AutoModelForImageTextToText.from_config(config)))
 
 
+def largest_parameter(config: transformers.PreTrainedConfig) -> int:
+    """Number of values of the largest parameter of a model of this config."""
+    with torch.device("meta"):
+        return max(parameter.numel() for parameter in AutoModelForImageTextToText.from_config(config).parameters())
+
+
 def language_linears(model: nn.Module) -> list[str]:
     """Names of the linear layers that an adapter may sit on: those of the language model, without the head."""
     head = model.get_output_embeddings()

@@ -24,7 +24,7 @@ from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
-from mede2.trainer.policy import check_adapter
+from mede2.trainer.policy import check_adapter, largest_parameter
 from mede2.trainer.resolution import Resolved
 from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Settings
 from mede2.trainer.world import World
@@ -144,8 +144,10 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     eval_batches = batches(eval_set, None, settings.corruption is not None) if eval_set else None
     return Prepared(
         resolved, world, model, output, dtype, implementation,
-        fill_deepspeed_config(config, settings, batch, dtype, text_config.hidden_size), batch,
-        train_batches, eval_batches, num_steps, identity,
+        fill_deepspeed_config(
+            config, settings, batch, dtype, text_config.hidden_size, largest_parameter(model_config)
+        ),
+        batch, train_batches, eval_batches, num_steps, identity,
     )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ RUN_ID = "wandb_run_id"  # of an output folder: the run that a continued trainin
 
 
 def check_wandb() -> None:
-    """Raises ValueError where a run could not start: no package (a folder `wandb` can be imported, too), no key."""
+    """Raises ValueError where a run could not start: no package (a folder `wandb` can be imported, too), no key or a
+    malformed one."""
     try:
         version("wandb")
     except PackageNotFoundError as error:
@@ -19,7 +20,11 @@ def check_wandb() -> None:
         ) from error
     import wandb
 
-    if wandb.setup().settings.mode not in ("offline", "disabled") and not wandb.login(prompt=False, verify=False):
+    try:
+        ready = wandb.setup().settings.mode in ("offline", "disabled") or wandb.login(prompt=False, verify=False)
+    except wandb.errors.Error as error:
+        raise ValueError(f"wandb: {error}") from error
+    if not ready:
         raise ValueError("wandb: no API key; `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline")
 
 

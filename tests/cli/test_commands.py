@@ -90,6 +90,17 @@ def test_other_settings_in_the_same_output_are_refused_by_name(stage1, records, 
     assert "Traceback" not in done.stderr
 
 
+def test_ranks_leave_their_group_before_they_end(records, run):
+    """A process that ends inside it aborts now and then, in the group's own threads."""
+    program = (
+        "import torch.distributed as group; from mede2.trainer.commandline import stage_command; "
+        "stage_command(1).main(standalone_mode=False); assert not group.is_initialized(); print('left')"
+    )
+    done = run("torchrun", "--nproc_per_node", "2", "--no-python", "python", "-c", program, "--ds", DS, "--dry-run",
+               "--train", records["stage1"], "--output", "runs/never-written", *SMALL)  # fmt: skip
+    assert done.stdout.count("left") == 2
+
+
 @pytest.mark.parametrize("launcher", [("deepspeed",), ("torchrun", "--nproc_per_node", "2")], ids=" ".join)
 def test_other_launchers_and_ranks_have_the_same_loss_curve(launcher, stage1, stage2, records, run):
     output = stage1.parent / launcher[0] / "stage2"

@@ -63,7 +63,7 @@ def job(models, records, adapters, reference_logps, runs) -> dict:
 
 @pytest.fixture(scope="session")
 def two(launch, job) -> list[dict]:
-    names = [*CASES, *CHECKS, *(f"run_{name}" for name in RUNS), *(f"again_{name}" for name in AGAIN)]
+    names = [*CASES, *CHECKS, *(f"run_{name}" for name in RUNS), *(f"again_{name}" for name in AGAIN), "engines"]
     return launch("adapters", 2, scenarios=names, **job)
 
 
@@ -225,6 +225,16 @@ def test_a_merge_into_4_bit_weights_keeps_what_was_trained_on_them(two, plain, r
 def test_every_export_was_loaded_again_and_compared(two, name, largest):
     summary = json.loads((Path(two[0][f"run_{name}"]) / "summary.json").read_text())
     assert summary["export_logps_difference"] <= largest
+
+
+def test_one_model_is_held_at_a_time_and_none_whole_in_16_bits_that_trained_in_4(two):
+    """The reference where its cache is not there, the policy, the export."""
+    for results in two:
+        opened = results["engines"]
+        assert not [others for engines in opened.values() for others, _ in engines if others]
+        stages = {name: [stage for _, stage in engines] for name, engines in opened.items()}
+        assert stages["run_nf4_adapter"] == [0, 2, 0]
+        assert stages["run_nf4_merged"] == [2, 3]
 
 
 def test_adapters_learn_and_start_from_the_reference(two):

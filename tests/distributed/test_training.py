@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 TWO_RANKS = (
     "frozen_elicit", "loss_nan_z3", "gradient_inf_z3", "gradient_nan_z3_bf16",
     "gradient_nan_z2", "gradient_nan_z2_bf16", "bf16", "resume", "export_tied_z3", "export_untied_z3",
-    "export_tied_z2", "reference_cache", "unrehearsed", "rehearsed", "closed",
+    "export_tied_z2", "reference_cache", "reference_elsewhere", "unrehearsed", "rehearsed", "closed",
 )  # fmt: skip
 EXPORTS = [("tied", "z3"), ("untied", "z3"), ("tied", "z2")]
 
@@ -152,6 +152,15 @@ def test_margins_are_zero_before_the_first_update_and_not_against_another_refere
     for result in (two[0]["reference_cache"], two[1]["reference_cache"], one["reference_cache"]):
         assert result["gap"] <= 1e-5
         assert result["gap_other"] > 1e-2
+
+
+def test_rounding_is_told_from_another_reference(two):
+    """A cache that another layout filled serves in bf16, whose noise beta multiplies, and another model's does not."""
+    for results in two:
+        found = results["reference_elsewhere"]
+        assert found["tied"]["gap"] > 1  # a reward; more than the nats that are allowed
+        assert found["tied"]["raised"] == ""
+        assert found["other"]["raised"].startswith("reference_cache: before the first update policy and reference")
 
 
 def test_a_rehearsal_leaves_no_trace(two):

@@ -69,6 +69,17 @@ def test_a_new_adapter_changes_nothing_and_starts_alike_everywhere(model_folder)
     assert first.get_parameter("model.language_model.layers.0.mlp.up_proj.lora_A.default.weight").any()
 
 
+def test_a_new_adapter_leaves_the_generators_of_the_gpus_alone(model_folder, monkeypatch):
+    """Dropout draws from them, and differs from rank to rank."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    load(model_folder, Settings(lora_rank=3))
+    assert seeds == [3]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_an_adapter_sits_on_the_language_model_alone_and_trains_in_its_place(model_folder):
     """The tower of this model has layers of the same names."""
     policy = load(model_folder, Settings(lora_rank=3))
@@ -141,7 +152,7 @@ def test_settings_that_cannot_go_together(given, message):
 def test_settings_that_the_deepspeed_file_cannot_serve(file, given, message):
     config, settings = read_deepspeed_file(DS_CONFIGS / f"{file}.json"), Settings(**given)
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is checked
-        fill_deepspeed_config(config, settings, BatchArithmetic(16, 1, 1), torch.float32, 96)
+        fill_deepspeed_config(config, settings, BatchArithmetic(16, 1, 1), torch.float32, 96, 999)
     assert message in str(raised.value)
 
 

@@ -504,7 +504,7 @@ def test_bad_deepspeed_file(tmp_path, content, pieces):
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
     def read_and_fill():
-        fill_deepspeed_config(read_deepspeed_file(path), settings, BatchArithmetic(16, 1, 1), torch.float32, 32)
+        fill_deepspeed_config(read_deepspeed_file(path), settings, BatchArithmetic(16, 1, 1), torch.float32, 32, 999)
 
     assert_holds(refused(read_and_fill), "optimizer: cpu_adam" if settings.optimizer == "cpu_adam" else "--ds", *pieces)
 

@@ -22,7 +22,7 @@ AUTO = {
 
 def fill(config: dict, dtype=torch.float32, **settings):
     given = Settings(**{"global_batch_size": 24, "micro_batch_size": 3, "max_grad_norm": 0.5} | settings)
-    return fill_deepspeed_config(config, given, BatchArithmetic(24, 3, 4), dtype, hidden_size=32)
+    return fill_deepspeed_config(config, given, BatchArithmetic(24, 3, 4), dtype, hidden_size=32, largest_parameter=999)
 
 
 @pytest.mark.parametrize(("dtype", "bf16"), [(torch.float32, False), (torch.bfloat16, True)])
@@ -63,6 +63,18 @@ def test_the_folder_on_nvme_and_the_file_must_ask_for_each_other():
     for what in ("optimizer", "param"):
         nvme["zero_optimization"][f"offload_{what}"]["nvme_path"] = "/explicit"
     assert json.dumps(fill(nvme)).count("/explicit") == 2
+
+
+def test_a_buffer_between_nvme_and_memory_holds_a_rank_s_share_of_the_largest_parameter():
+    """DeepSpeed stops in an assertion where it does not, and an embedding's share was larger than its default."""
+    nvme = read_deepspeed_file(ROOT / "ds_configs" / "z3_nvme.json")
+    offload = nvme["zero_optimization"]["offload_param"]
+    assert fill(nvme, nvme_path="/nvme")["zero_optimization"]["offload_param"]["buffer_size"] == 250
+    offload["buffer_size"] = 249
+    with pytest.raises(ValueError, match=r"offload_param\.buffer_size is 249, but a rank holds 250 values of the "):
+        fill(nvme, nvme_path="/nvme")
+    del offload["buffer_size"]
+    assert fill(nvme, nvme_path="/nvme")["zero_optimization"]["offload_param"]["buffer_size"] == 250
 
 
 @pytest.mark.skipif(AsyncIOBuilder().is_compatible(verbose=False), reason="libaio is here")

@@ -7,7 +7,16 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForImageTextToText
 from transformers.integrations import replace_with_bnb_linear
 
-from mede2.trainer.policy import PARTS, Policy, freeze, language_linears, load_policy, nf4_config, part_of
+from mede2.trainer.policy import (
+    PARTS,
+    Policy,
+    freeze,
+    language_linears,
+    largest_parameter,
+    load_policy,
+    nf4_config,
+    part_of,
+)
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 TEXT = SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 64}
@@ -85,6 +94,12 @@ def test_the_head_still_gives_logits_for_generation(model_folder):
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         assert torch.equal(policy.model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_the_largest_parameter_is_found_without_the_weights(model_folder):
+    model = AutoModelForImageTextToText.from_pretrained(model_folder)
+    largest = largest_parameter(transformers.AutoConfig.from_pretrained(model_folder))
+    assert largest == max(parameter.numel() for parameter in model.parameters())
 
 
 def test_loading_counts_a_tied_head_as_there(model_folder):

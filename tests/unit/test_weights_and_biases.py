@@ -40,6 +40,13 @@ def test_without_a_key_a_run_does_not_start(wandb):
         check_wandb()
 
 
+def test_with_a_malformed_key_a_run_does_not_start(wandb, monkeypatch, world):
+    """As a ValueError, the kind that rank 0 passes on to the ranks that wait for it."""
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(ValueError, match="wandb: WANDB_API_KEY invalid"):
+        world.on_main(check_wandb)
+
+
 def test_a_continued_run_goes_on_writing_the_same_run(wandb, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     settings = resolve(2, [("test", {"wandb": "medicine"})]).settings

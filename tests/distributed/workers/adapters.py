@@ -1,15 +1,17 @@
 """What trains: adapters on whole and 4-bit weights, learning rates of parts, the check of the first updates, runs."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from harness import DS_CONFIGS, applied_gradients, main, make_batches, make_engine, make_settings, no_hook
 
+from mede2.trainer import run
+from mede2.trainer.engine import Engine
 from mede2.trainer.loop import train
 from mede2.trainer.moved import MovedCheck, NotMoved
 from mede2.trainer.objectives import Enhance, elicit
 from mede2.trainer.resolution import resolve
-from mede2.trainer.run import run_stage
 from mede2.trainer.settings import Settings
 from mede2.trainer.world import World
 
@@ -128,6 +130,27 @@ RUNS = {  # stage, ZeRO file, records, settings
 }
 
 
+ENGINES: dict[str, list[tuple[int, int]]] = {}  # of each run, by engine: how many others were open, its ZeRO stage
+
+
+@contextmanager
+def watched_engines(name: str):
+    opened = []
+
+    class Watched(Engine):
+        def __init__(self, *arguments):
+            others = sum(engine.deepspeed is not None for engine in opened)
+            super().__init__(*arguments)
+            opened.append(self)
+            ENGINES.setdefault(name, []).append((others, self.deepspeed.zero_optimization_stage()))
+
+    run.Engine = Watched
+    try:
+        yield
+    finally:
+        run.Engine = Engine
+
+
 def whole_run(world: World, job: dict, name: str, **more) -> str:
     """A whole run; Stage II starts from the Stage I that merged its adapter."""
     stage, zero, records, values = RUNS[name]
@@ -136,7 +159,8 @@ def whole_run(world: World, job: dict, name: str, **more) -> str:
     file = job["records"][records]
     output = str(runs / name) + ("-again" if more else "")
     given = SMALL | values | more | {"model": model, "train": [file], "eval": file, "output": output}
-    return str(run_stage(resolve(stage, [("test", given)]), str(DS_CONFIGS / f"{zero}.json"), world))
+    with watched_engines(f"again_{name}" if more else f"run_{name}"):
+        return str(run.run_stage(resolve(stage, [("test", given)]), str(DS_CONFIGS / f"{zero}.json"), world))
 
 
 SCENARIOS = {case: lambda world, job, case=case: gradients(world, job, case) for case in CASES}
@@ -148,6 +172,7 @@ SCENARIOS |= {
     for name in RUNS
 }
 SCENARIOS |= {
+    "engines": lambda world, job: ENGINES,
     "rates": rates,
     "no_gradient_z3": lambda world, job: no_gradient(world, job, "z3", True),
     "no_gradient_z2": lambda world, job: no_gradient(world, job, "z2", True),

@@ -24,7 +24,7 @@ from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.processing import load_processor
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.engine import Engine, fill_deepspeed_config, make_optimizer, read_deepspeed_file
-from mede2.trainer.policy import PARTS, freeze, load_policy, quiet_transformers
+from mede2.trainer.policy import PARTS, freeze, largest_parameter, load_policy, quiet_transformers
 from mede2.trainer.resolution import resolve
 from mede2.trainer.settings import BatchArithmetic, Settings
 from mede2.trainer.world import World, join_world
@@ -89,9 +89,10 @@ def make_engine(
     """The engine of a run, assembled as `trainer/run.py` does; `adapter`: a saved one that trains on."""
     dtype = DTYPES[settings.dtype]
     batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
-    hidden_size = AutoConfig.from_pretrained(model).get_text_config().hidden_size
+    model_config = AutoConfig.from_pretrained(model)
+    hidden_size = model_config.get_text_config().hidden_size
     file = read_deepspeed_file(DS_CONFIGS / f"{zero}.json")
-    config = fill_deepspeed_config(file, settings, batch, dtype, hidden_size)
+    config = fill_deepspeed_config(file, settings, batch, dtype, hidden_size, largest_parameter(model_config))
     policy = load_policy(
         Path(model), dtype=dtype, attention=settings.attention, implementation=choose_implementation(settings.logps),
         deepspeed_config=config, activation_checkpointing=settings.activation_checkpointing,

@@ -96,7 +96,9 @@ class CountingSlice:
 def load(world: World, job: dict, model: str, partitioned: bool) -> dict:
     settings = make_settings(1)
     batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
-    config = fill_deepspeed_config(read_deepspeed_file(DS_CONFIGS / "z3.json"), settings, batch, torch.float32, 512)
+    config = fill_deepspeed_config(
+        read_deepspeed_file(DS_CONFIGS / "z3.json"), settings, batch, torch.float32, 512, 10**6
+    )
     CountingFile.values_read = 0
     with Peak() as peak:
         policy = load_policy(

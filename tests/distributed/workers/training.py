@@ -16,6 +16,7 @@ from mede2.trainer.export import export
 from mede2.trainer.loop import train
 from mede2.trainer.objectives import Enhance, Objective, elicit
 from mede2.trainer.rehearsal import rehearse
+from mede2.trainer.run import check_start
 from mede2.trainer.settings import Settings
 from mede2.trainer.world import World
 
@@ -183,6 +184,50 @@ def exported(world: World, job: dict, model: str, zero: str) -> dict:
     return {row: values for part in reversed(world.gather(answers)) for row, values in part.items()}
 
 
+def first_metrics(values: torch.Tensor, engine: Engine, batches: Batches, settings: Settings) -> dict[str, float]:
+    """Metrics of the first global batch, before its update, against the reference log-probabilities `values`."""
+    found = {}
+
+    class Enough(Exception):
+        pass
+
+    def before_update(step: int, metrics: dict[str, float]) -> None:
+        found.update(metrics)
+        raise Enough
+
+    objective = Enhance(settings, values)
+    try:
+        train(
+            engine, objective, batches.feed(range(1)), settings, num_steps=1, before_update=before_update,
+            after_update=no_hook,
+        )  # fmt: skip
+    except Enough:
+        return found
+    raise AssertionError("before_update was not called")
+
+
+def reference_elsewhere(world: World, job: dict) -> dict:
+    """What is said of the first margins, in bf16 and with a large beta, when the reference's values come from other
+    micro-batches in another layout; and when they come from another model."""
+    ours = make_settings(2, dtype="bf16", beta=1000.0, global_batch_size=8, micro_batch_size=4)
+    theirs = make_settings(2, dtype="bf16", global_batch_size=2, micro_batch_size=1, shared_prefix=False)
+    pairs, folder, said = job["records"]["pairs"], Path(job["cache"]) / "elsewhere", {}
+    for name in ("tied", "other"):
+        engine = make_engine(world, job["models"][name], theirs, trains=False)
+        batches = make_batches(world, job["models"][name], pairs, 2, theirs)
+        values = reference.compute(engine, batches, folder, {"weights": name}, lambda done, total: None)
+        engine.close()
+        engine = make_engine(world, job["models"]["tied"], ours)
+        metrics = first_metrics(values, engine, make_batches(world, job["models"]["tied"], pairs, 2, ours), ours)
+        engine.close()
+        said[name] = {"gap": metrics["rewards/margins_abs"], "raised": ""}
+        try:
+            check_start(metrics, ours.beta, torch.bfloat16)
+        except ValueError as error:
+            said[name]["raised"] = str(error)
+    return said
+
+
 def reference_cache(world: World, job: dict) -> dict:
     """Compute, read back, and take the first update's margins; then those against another reference."""
     settings = make_settings(2, global_batch_size=4, micro_batch_size=2)
@@ -195,34 +240,13 @@ def reference_cache(world: World, job: dict) -> dict:
     computed = reference.compute(engine, batches, folder, components, lambda done, total: None)
     read = reference.read_cache(folder, components, len(batches.dataset.examples))
 
-    def gap(values: torch.Tensor, engine: Engine) -> float:
-        """Mean |margin| of the first global batch, before its update."""
-        found = {}
-
-        class Enough(Exception):
-            pass
-
-        def before_update(step: int, metrics: dict[str, float]) -> None:
-            found.update(metrics)
-            raise Enough
-
-        objective = Enhance(settings, values)
-        try:
-            train(
-                engine, objective, batches.feed(range(1)), settings, num_steps=1, before_update=before_update,
-                after_update=no_hook,
-            )  # fmt: skip
-        except Enough:
-            return found["rewards/margins_abs"]
-        raise AssertionError("before_update was not called")
-
-    own = gap(read, engine)
+    own = first_metrics(read, engine, batches, settings)["rewards/margins_abs"]
     engine.close()
     other = make_engine(world, job["models"]["other"], settings, trains=False)
     of_other = reference.compute(other, batches, folder, components | {"weights": "other"}, lambda done, total: None)
     other.close()
     engine = make_engine(world, model, settings)
-    against_other = gap(of_other, engine)
+    against_other = first_metrics(of_other, engine, batches, settings)["rewards/margins_abs"]
     engine.close()
     return {"absent": absent, "computed": computed, "read": read, "gap": own, "gap_other": against_other,
             "files": len(list(folder.iterdir()))}  # fmt: skip
@@ -292,6 +316,7 @@ SCENARIOS = {
     "export_untied_z3": lambda world, job: exported(world, job, "untied", "z3"),
     "export_tied_z2": lambda world, job: exported(world, job, "tied", "z2"),
     "reference_cache": reference_cache,
+    "reference_elsewhere": reference_elsewhere,
 }
 
 if __name__ == "__main__":
