@@ -227,7 +227,7 @@ def _train(
         world.say("offload to NVMe: whether all that trains moves is not checked")
 
     def before_update(step: int, metrics: dict[str, float]) -> None:
-        if step == 0 and settings.needs_reference and not settings.reference:
+        if step == 0 and run.stage == ENHANCE and settings.needs_reference and not settings.reference:
             check_start(metrics, settings.beta, engine.dtype)
         metrics.pop("rewards/margins_abs", None)
 
