@@ -1,11 +1,15 @@
-# `make demo` and `make test` set up .venv themselves; both do nothing twice.
+# `make demo`, `make demo-pairs` and `make test` set up .venv themselves; they do nothing twice.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := runs
+PAIRS := $(RUNS)/pairs
+NUM_CASES := 800
+NUM_SCORED := 400
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint kernels-aot clean
+.PHONY: demo demo-pairs test lint kernels-aot clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +19,20 @@ $(VENV)/installed: setup.py
 demo: $(VENV)/installed
 	$(BIN)/deepspeed launch/stage2.py --ds ds_configs/z3.json
 	$(BIN)/python launch/demo.py
+
+$(RUNS)/stage2/summary.json:
+	$(MAKE) demo
+
+# Stage II on Stage I's own answers. Each step reads what the one before wrote; `sample` continues where it was stopped.
+demo-pairs: $(RUNS)/stage2/summary.json $(VENV)/installed
+	$(BIN)/python launch/pairs.py demo-cases --num $(NUM_CASES) --output $(PAIRS)/cases.jsonl
+	$(BIN)/python launch/pairs.py sample --cases $(PAIRS)/cases.jsonl --model $(RUNS)/stage1 --num 8 --max-tokens 80 --batch-size 128 --output $(PAIRS)/samples.jsonl
+	$(BIN)/python launch/pairs.py judge --cases $(PAIRS)/cases.jsonl --samples $(PAIRS)/samples.jsonl --output $(PAIRS)/judgements.jsonl
+	$(BIN)/python launch/pairs.py select --cases $(PAIRS)/cases.jsonl --samples $(PAIRS)/samples.jsonl --judgements $(PAIRS)/judgements.jsonl --set pairs_per_case=3 --output $(PAIRS)/pairs.jsonl
+	$(BIN)/python launch/pairs.py check $(PAIRS)/pairs.jsonl --model $(RUNS)/stage1 --max-length 512
+	$(BIN)/python launch/pairs.py report --cases $(PAIRS)/cases.jsonl --samples $(PAIRS)/samples.jsonl --judgements $(PAIRS)/judgements.jsonl --pairs $(PAIRS)/pairs.jsonl --output $(PAIRS)/report.html
+	$(BIN)/deepspeed launch/stage2.py --ds ds_configs/z3.json --recipe trainer/demo/stage2.yaml --train $(PAIRS)/pairs.jsonl --output $(RUNS)/on_policy
+	$(BIN)/python launch/demo.py --runs $(RUNS) --num-cases $(NUM_SCORED) --model "on-policy=$(RUNS)/on_policy"
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
