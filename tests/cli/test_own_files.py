@@ -24,20 +24,16 @@ def convert(run, folder: Path, questions: Path) -> tuple[str, str]:
 
 
 def train_both(run, folder: Path, demos: str, pairs: str) -> dict:
+    """Stage I where there are questions without images to learn from, then Stage II."""
     common = (
-        "--ds",
-        "ds_configs/z3.json",
-        "--global-batch-size",
-        "4",
-        "--epochs",
-        "2",
-        "--max-steps",
-        "2",
-        "--max-length",
+        "--ds", "ds_configs/z3.json", "--global-batch-size", "4", "--epochs", "2", "--max-steps", "2", "--max-length",
         "8192",
-    )
-    run("python", "launch/stage1.py", *common, "--train", demos, "--output", str(folder / "stage1"))
-    run("python", "launch/stage2.py", *common, "--train", pairs, "--output", str(folder / "stage2"))
+    )  # fmt: skip
+    start = ("--model", "trainer/demo/base")
+    if Path(demos).read_text():
+        run("python", "launch/stage1.py", *common, "--train", demos, "--output", str(folder / "stage1"))
+        start = ()
+    run("python", "launch/stage2.py", *common, *start, "--train", pairs, "--output", str(folder / "stage2"))
     return json.loads((folder / "stage2" / "summary.json").read_text())
 
 
