@@ -25,7 +25,8 @@ def test_the_steps_of_make_demo_pairs_in_their_order(tmp_path, run):
         shutil.copytree(BASE_MODEL, tmp_path / stage)
         (tmp_path / stage / "summary.json").write_text("{}")
     variables = (f"RUNS={tmp_path}", f"VENV={sys.prefix}", "NUM_CASES=6", "NUM_SCORED=6")
-    printed = run("make", "--dry-run", f"--old-file={sys.prefix}/installed", "demo-pairs", *variables).stdout
+    quietly = ("--dry-run", "--no-print-directory", f"--old-file={sys.prefix}/installed")  # `make test` may run this
+    printed = run("make", *quietly, "demo-pairs", *variables).stdout
     commands = [line.split("launch/")[1].split()[:2] for line in printed.splitlines()]
     steps = [second if first == "pairs.py" else first for first, second in commands]
     assert steps == ["demo-cases", "sample", "judge", "select", "check", "report", "stage2.py", "demo.py"]
