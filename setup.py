@@ -17,18 +17,22 @@ setup(
     python_requires=">=3.11",
     package_dir={
         "mede2.trainer": "trainer",
+        "mede2.trainer.answering": "trainer/answering",
         "mede2.trainer.data": "trainer/data",
         "mede2.trainer.demo": "trainer/demo",
         "mede2.trainer.evaluation": "trainer/evaluation",
         "mede2.trainer.preference": "trainer/preference",
+        "mede2.trainer.questions": "trainer/questions",
         "mede2.kernels": "kernels",
     },
     packages=[
         "mede2.trainer",
+        "mede2.trainer.answering",
         "mede2.trainer.data",
         "mede2.trainer.demo",
         "mede2.trainer.evaluation",
         "mede2.trainer.preference",
+        "mede2.trainer.questions",
         "mede2.kernels",
     ],
     package_data={

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mede2.trainer.preference.cases import FORMAT, read_cases, with_system
+from mede2.trainer.questions.cases import FORMAT, read_cases, with_system
 
 GOOD = {"id": "a", "prompt": [{"role": "user", "content": "Which?"}], "answer": "mass"}
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mede2.trainer.preference.cases import read_cases
-from mede2.trainer.preference.chat import MOST_REFUSED, ChatClient, Refused, ask_all, is_loopback
-from mede2.trainer.preference.journal import Journal
+from mede2.trainer.answering.chat import MOST_REFUSED, ChatClient, Refused, ask_all, is_loopback
+from mede2.trainer.answering.journal import Journal
+from mede2.trainer.questions.cases import read_cases
 
 
 @pytest.mark.parametrize(

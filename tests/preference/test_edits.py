@@ -2,8 +2,8 @@
 
 import pytest
 
+from mede2.trainer.answering.answers import parse_answer
 from mede2.trainer.demo.cases import CRITERIA, chain, heldout_cases
-from mede2.trainer.evaluation.answers import parse_answer
 from mede2.trainer.preference.edits import EDITS, spoil
 
 SWAPPED = {

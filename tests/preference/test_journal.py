@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mede2.trainer.preference.journal import Journal
+from mede2.trainer.answering.journal import Journal
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -53,7 +53,7 @@ def test_what_the_disk_refuses_leaves_no_torn_line(tmp_path):
     output = tmp_path / "out.jsonl"
     code = (
         "import resource, signal, sys; from pathlib import Path;"
-        "from mede2.trainer.preference.journal import Journal;"
+        "from mede2.trainer.answering.journal import Journal;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"
         "journal = Journal(Path(sys.argv[1])); journal.append({'key': 'a', 'text': 'x' * 30});\n"

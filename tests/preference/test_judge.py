@@ -8,11 +8,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mede2.trainer.preference.cases import read_cases
 from mede2.trainer.preference.combine import combine
 from mede2.trainer.preference.judge_by_chat import Question, plan, quotation, read_reply
 from mede2.trainer.preference.judgements import Answer, Judgement, Score, read_judgements
 from mede2.trainer.preference.rubric import CRITERIA, DEFAULT, read_rubric
+from mede2.trainer.questions.cases import read_cases
 
 ANSWER = re.compile(r"\[(\w{12})\] answer_(\d+)\n(.*?)\n\n(?=\[\1\])", re.DOTALL)
 

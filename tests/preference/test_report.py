@@ -10,11 +10,11 @@ from rich.console import Console
 
 from mede2.trainer.data.records import BadRow
 from mede2.trainer.demo.cases import CRITERIA, chain, corrupt, make_case
-from mede2.trainer.preference.cases import Case, read_cases
 from mede2.trainer.preference.judgements import Judgement, Score
 from mede2.trainer.preference.page import page, print_report
 from mede2.trainer.preference.report import examples, make_report, order_bias, read_labels, read_pairs
 from mede2.trainer.preference.scored import Inputs, Sample
+from mede2.trainer.questions.cases import Case, read_cases
 
 SCRIPT = "<script>alert(1)</script>"
 QUOTED = "\"><img src=http://evil.example/x onerror='alert(1)'>"

@@ -2,11 +2,11 @@
 
 import pytest
 
-from mede2.trainer.preference.cases import Case
 from mede2.trainer.preference.judgements import Answer
 from mede2.trainer.preference.rubric import CRITERIA, read_rubric
 from mede2.trainer.preference.rules import judge
 from mede2.trainer.preference.statements import ASSERTED, DENIED, POSSIBLE, ImageReader
+from mede2.trainer.questions.cases import Case
 
 RUBRIC = read_rubric()
 OPTIONS = ("cyst", "lung abscess", "sarcoidosis", "carcinoma")

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mede2.trainer.answering.generation import Draw, Generator
+from mede2.trainer.answering.jobs import plan
+from mede2.trainer.answering.journal import Journal
+from mede2.trainer.answering.local import LocalModel, with_pictures
 from mede2.trainer.data.images import load_image
 from mede2.trainer.demo.defaults import BASE_MODEL
-from mede2.trainer.evaluation.generation import Draw, Generator
-from mede2.trainer.preference.cases import FORMAT, read_cases
-from mede2.trainer.preference.sample import command, plan
-from mede2.trainer.preference.sample_here import sample_here, with_pictures
+from mede2.trainer.preference.sample import command, write_samples
+from mede2.trainer.questions.cases import FORMAT, read_cases
 
 HERE = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 48, "system": None, "grey_window": None}
 
@@ -267,7 +269,10 @@ def test_two_ranks_go_on_where_one_stopped_and_write_what_one_writes(pairs, demo
     """One process makes 3 answers a case. Two ranks of the real command, with a journal that holds the first batches
     and a torn line, write the same file to the byte."""
     jobs = plan(read_cases(demo_cases), 3, 0, None)
-    sample_here(jobs, tmp_path / "one.jsonl", str(BASE_MODEL), HERE, batch_size=8, max_pixels=None, world=world)
+    model = LocalModel(str(BASE_MODEL), batch_size=8, max_pixels=None, world=world)
+    with Journal(tmp_path / "one.jsonl") as journal:
+        answers = model.answer(jobs, HERE, journal)
+    write_samples(tmp_path / "one.jsonl", jobs, answers, str(BASE_MODEL), HERE | model.identity)
     whole = (tmp_path / "one.jsonl").read_bytes()
     assert len(whole.splitlines()) == 36
     lines = journal_of(tmp_path / "one.jsonl").read_bytes().splitlines(keepends=True)

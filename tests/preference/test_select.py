@@ -9,13 +9,13 @@ import pytest
 
 from mede2.trainer.data.records import Record, read_records
 from mede2.trainer.demo.cases import chain, corrupt, make_case
-from mede2.trainer.preference.cases import read_cases
 from mede2.trainer.preference.corrupt import corrupt as corrupted_pairs
 from mede2.trainer.preference.edits import EDITS
 from mede2.trainer.preference.judgements import Judgement, Score
 from mede2.trainer.preference.rubric import CRITERIA
 from mede2.trainer.preference.scored import Sample, Scored, join, read_inputs
 from mede2.trainer.preference.select import Policy, read_policy, select, similarity
+from mede2.trainer.questions.cases import read_cases
 from mede2.trainer.settings import ENHANCE
 
 FORMAT = "unjudged: not <think>...</think> <answer>...</answer>"

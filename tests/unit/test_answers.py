@@ -2,7 +2,7 @@
 
 import pytest
 
-from mede2.trainer.evaluation.answers import match_option, parse_answer
+from mede2.trainer.answering.answers import match_option, parse_answer
 
 OPTIONS = ("cyst", "Sarcoidosis", "lung abscess", "B cell lymphoma")
 

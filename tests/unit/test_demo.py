@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from mede2.trainer.answering.answers import parse_answer
 from mede2.trainer.demo.cases import (
     CRITERIA,
     DIAGNOSES,
@@ -22,7 +23,6 @@ from mede2.trainer.demo.cases import (
 from mede2.trainer.demo.phantoms import HEIGHT, WIDTH, Finding
 from mede2.trainer.demo.records import text_question, write_pretraining, write_stage2
 from mede2.trainer.demo.score import Rate, judge
-from mede2.trainer.evaluation.answers import parse_answer
 
 CASES = [make_case(case_seed("stage2", 0, index)) for index in range(200)]
 NODULE, MASS = Finding("nodule", "left", "upper"), Finding("mass", "right", "lower")

@@ -82,3 +82,16 @@ def _windowed(image: Image.Image, path: Path, grey_window: Window) -> Image.Imag
         )
     scaled = (pixels - grey_window[0]) / (grey_window[1] - grey_window[0]) * 255
     return Image.fromarray(np.rint(scaled).astype(np.uint8), mode="L")
+
+
+def parse_window(text: str | None) -> Window:
+    """Read what `--grey-window` was given: two numbers with a comma between them, or nothing."""
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--grey-window {text}: two numbers, such as 0,4095") from error
+    if not low < high:
+        raise ValueError(f"--grey-window {text}: the first is to be the lower one")
+    return low, high

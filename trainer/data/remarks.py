@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from mede2.trainer.answering.answers import TAG, parse_answer
 from mede2.trainer.data.records import Record, text_of
-from mede2.trainer.evaluation.answers import TAG, parse_answer
 
 MISREAD = re.compile(r"[\ufffd\x80-\x84\x86-\x9f]")  # what a wrong decoding leaves: U+FFFD, and cp1252 read as Latin-1
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from mede2.trainer.answering.answers import parse_answer
 from mede2.trainer.demo.cases import CONCLUSIONS, CRITERIA, Case, case_seed, chain, corrupt, look, make_case, render
 from mede2.trainer.demo.phantoms import ZONES, Finding
-from mede2.trainer.evaluation.answers import parse_answer
 
 Row = dict[str, Any]
 REQUEST = "Think, then answer."

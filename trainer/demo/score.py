@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mede2.trainer.answering.answers import parse_answer
+from mede2.trainer.answering.generation import Generator
 from mede2.trainer.demo.cases import Case, read_chain, render
 from mede2.trainer.demo.records import image_question
-from mede2.trainer.evaluation.answers import parse_answer
-from mede2.trainer.evaluation.generation import Generator
 
 MAX_NEW_TOKENS = 80  # the longest chain has about 60
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution

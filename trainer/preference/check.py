@@ -12,14 +12,13 @@ from typing import Any
 import click
 import numpy as np
 
+from mede2.trainer.answering.progress import Progress
 from mede2.trainer.data.dataset import Checked, check_rows
 from mede2.trainer.data.encoding import Encoder, Example, read_images
-from mede2.trainer.data.images import Window, load_image
+from mede2.trainer.data.images import Window, load_image, parse_window
 from mede2.trainer.data.records import Record, text_of
 from mede2.trainer.data.remarks import Remark, compare, normalized
 from mede2.trainer.preference.duplicates import ALIKE_BITS, ALIKE_TEXT, alike_images, alike_texts, perceptual_hash
-from mede2.trainer.preference.progress import Progress
-from mede2.trainer.preference.sample import parse_window
 from mede2.trainer.settings import ENHANCE, Settings
 
 KINDS = {

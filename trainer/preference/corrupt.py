@@ -10,10 +10,8 @@ from statistics import mean
 
 import click
 
-from mede2.trainer.preference.cases import Case
+from mede2.trainer.answering.progress import Progress
 from mede2.trainer.preference.edits import EDITS, Spoilt, spoil
-from mede2.trainer.preference.progress import Progress
-from mede2.trainer.preference.rows import Row, write_rows
 from mede2.trainer.preference.scored import Scored, read_inputs
 from mede2.trainer.preference.select import (
     Policy,
@@ -26,6 +24,8 @@ from mede2.trainer.preference.select import (
     read_policy,
     unusable,
 )
+from mede2.trainer.questions.cases import Case
+from mede2.trainer.questions.rows import Row, write_rows
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 import click
 
+from mede2.trainer.answering.answers import is_right, parse_answer
 from mede2.trainer.data.encoding import Encoder, read_images
 from mede2.trainer.data.records import BadRow, Record, parse_record, parse_row, text_of
 from mede2.trainer.data.remarks import normalized
-from mede2.trainer.evaluation.answers import is_right, parse_answer
-from mede2.trainer.preference.cases import parse_case
 from mede2.trainer.preference.duplicates import ALIKE_TEXT, alike_texts
-from mede2.trainer.preference.rows import Row, read_lines, write_rows
+from mede2.trainer.questions.cases import parse_case
+from mede2.trainer.questions.rows import Row, read_lines, write_rows
 from mede2.trainer.settings import ELICIT, Settings
 
 NUMBER = 2000  # arXiv 2505.23118, Stage I

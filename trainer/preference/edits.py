@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mede2.trainer.evaluation.answers import STRICT, TAG, parse_answer
+from mede2.trainer.answering.answers import STRICT, TAG, parse_answer
 
 FINDING = (
     r"(?:mass effect|free (?:air|fluid|gas)|mass(?:es)?|nodules?|lesions?|cavit(?:y|ies)|opacit(?:y|ies)|"

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import click
 
+from mede2.trainer.answering.journal import Journal
+from mede2.trainer.answering.progress import Progress
+from mede2.trainer.data.images import parse_window
 from mede2.trainer.data.records import BadRow
 from mede2.trainer.preference import rules
-from mede2.trainer.preference.cases import Case, read_cases
 from mede2.trainer.preference.combine import COMBINATIONS, combine
-from mede2.trainer.preference.journal import Journal
 from mede2.trainer.preference.judgements import Answer, Judgement
-from mede2.trainer.preference.progress import Progress
-from mede2.trainer.preference.rows import read_rows, write_rows
 from mede2.trainer.preference.rubric import CRITERIA, DEFAULT, Rubric, read_rubric
-from mede2.trainer.preference.sample import parse_window
+from mede2.trainer.questions.cases import Case, read_cases
+from mede2.trainer.questions.rows import read_rows, write_rows
 
 SERVED = re.compile(r"(?P<model>.+)@(?P<url>https?://.+)")
 HELP = """Scores for each answer on the rubric's criteria, 1 to 5, with evidence from its text.
@@ -120,7 +120,7 @@ async def ask_judge(
     name: str, answers: Sequence[Answer], rubric: Rubric, journal: Journal, options: Mapping
 ) -> list[Judgement]:
     """A model's judgements, in the order of the answers and then in the opposite order of its reading."""
-    from mede2.trainer.preference.chat import ChatClient, Refused, ask_all, check_images_may_leave
+    from mede2.trainer.answering.chat import ChatClient, Refused, ask_all, check_images_may_leave
     from mede2.trainer.preference.judge_by_chat import ChatJudge, Question, plan
 
     served = SERVED.fullmatch(name)

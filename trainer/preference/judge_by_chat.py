@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mede2.trainer.answering.chat import ChatClient
 from mede2.trainer.data.records import Message
 from mede2.trainer.files import hash_json
-from mede2.trainer.preference.cases import Case
-from mede2.trainer.preference.chat import ChatClient
 from mede2.trainer.preference.judgements import Answer, Judgement, Score, sign
-from mede2.trainer.preference.rows import Row
 from mede2.trainer.preference.rubric import CRITERIA, SCORES, Rubric
+from mede2.trainer.questions.cases import Case
+from mede2.trainer.questions.rows import Row
 
 ABOUT_THE_IMAGE = ("image_analysis", "no_hallucination")
 MOST_TOLD = 12  # problems told to the judge at once

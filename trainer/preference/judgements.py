@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mede2.trainer.answering.answers import is_right, parse_answer
 from mede2.trainer.data.records import BadRow
-from mede2.trainer.evaluation.answers import is_right, parse_answer
-from mede2.trainer.preference.cases import Case
-from mede2.trainer.preference.rows import Row, read_rows
 from mede2.trainer.preference.rubric import CRITERIA, Rubric
+from mede2.trainer.questions.cases import Case
+from mede2.trainer.questions.rows import Row, read_rows
 
 WANTED = ("case", "sample", "judge", "rubric", "correct", "answer", "well_formed", "scores", "problem", "order", "key")
 

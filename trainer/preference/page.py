@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mede2.trainer.preference.rows import Row
 from mede2.trainer.preference.rubric import SCORES
+from mede2.trainer.questions.rows import Row
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 

@@ -13,16 +13,16 @@ from typing import Any
 import click
 import numpy as np
 
+from mede2.trainer.answering.progress import Progress
 from mede2.trainer.data.images import Window, load_image
 from mede2.trainer.data.records import BadRow, Record, read_records
 from mede2.trainer.files import write_json, write_text
 from mede2.trainer.preference.agreement import Ratings, alpha, bootstrap, cohen, fleiss
 from mede2.trainer.preference.judgements import Judgement
-from mede2.trainer.preference.progress import Progress
-from mede2.trainer.preference.rows import Row, read_rows
 from mede2.trainer.preference.rubric import CRITERIA, DEFAULT, SCORES, read_rubric
 from mede2.trainer.preference.scored import Inputs, Place, read_inputs, scores
 from mede2.trainer.preference.select import left_out_file
+from mede2.trainer.questions.rows import Row, read_rows
 from mede2.trainer.settings import ENHANCE
 
 THUMBNAIL_PX = 512
@@ -312,8 +312,8 @@ def command(
     cases: str, samples: str, judgements: str, pairs_file: str, human: str | None, output: str, json_file: str | None,
     num_examples: int, redact: bool, rules: bool, grey_window: str | None, seed: int,
 ) -> None:  # fmt: skip
+    from mede2.trainer.data.images import parse_window
     from mede2.trainer.preference.page import page, print_report
-    from mede2.trainer.preference.sample import parse_window
 
     window = parse_window(grey_window)
     inputs = read_inputs(cases, samples, judgements)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mede2.trainer.answering.answers import is_right, parse_answer
 from mede2.trainer.demo import cases as demo
 from mede2.trainer.demo.phantoms import KINDS, Finding
 from mede2.trainer.demo.records import describe
-from mede2.trainer.evaluation.answers import is_right, parse_answer
 from mede2.trainer.preference import rules
-from mede2.trainer.preference.cases import Case
 from mede2.trainer.preference.judgements import Answer
 from mede2.trainer.preference.rubric import CRITERIA, Rubric
+from mede2.trainer.questions.cases import Case
 
 CHECKS = ("correct", "well_formed", *CRITERIA)
 FORMS = ("chain", "prose")

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mede2.trainer.evaluation.answers import match_option, parse_answer, plain
+from mede2.trainer.answering.answers import match_option, parse_answer, plain
 from mede2.trainer.files import hash_file, hash_json
 from mede2.trainer.preference import statements
-from mede2.trainer.preference.cases import Case
 from mede2.trainer.preference.judgements import Answer, Judgement, Score, sign
 from mede2.trainer.preference.rubric import Rubric
 from mede2.trainer.preference.statements import (  # fmt: skip
@@ -36,6 +35,7 @@ from mede2.trainer.preference.statements import (  # fmt: skip
     phrase,
     sentences,
 )
+from mede2.trainer.questions.cases import Case
 
 JUDGE = "rules"
 FAULT = 3  # a score of 3 or less says that the check found a fault

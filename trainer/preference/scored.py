@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mede2.trainer.data.records import BadRow
-from mede2.trainer.preference.cases import Case, read_cases
 from mede2.trainer.preference.judgements import Judgement, read_judgements
-from mede2.trainer.preference.rows import Row, read_rows
+from mede2.trainer.questions.cases import Case, read_cases
+from mede2.trainer.questions.rows import Row, read_rows
 
 Place = tuple[str, int]  # a case's id and the number of a sample
 FIELDS = {"case": str, "sample": int, "text": str, "finish": str, "num_tokens": int, "model": str, "key": str}

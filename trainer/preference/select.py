@@ -16,12 +16,12 @@ from typing import Any
 
 import click
 
+from mede2.trainer.answering.progress import Progress
 from mede2.trainer.data.records import parse_record
-from mede2.trainer.preference.cases import Case
-from mede2.trainer.preference.progress import Progress
-from mede2.trainer.preference.rows import Row, write_rows
 from mede2.trainer.preference.rubric import CRITERIA, SCORES
 from mede2.trainer.preference.scored import Scored, read_inputs
+from mede2.trainer.questions.cases import Case
+from mede2.trainer.questions.rows import Row, write_rows
 from mede2.trainer.resolution import parse_assignments, read_recipe
 from mede2.trainer.settings import ENHANCE
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from mede2.trainer.data.records import BadRow, parse_row
-from mede2.trainer.preference.rows import Row
+from mede2.trainer.questions.rows import Row
 
 
 class Journal:

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import httpx
 import openai
 
+from mede2.trainer.answering.journal import Journal
+from mede2.trainer.answering.progress import Progress
 from mede2.trainer.data.images import Window, load_image
 from mede2.trainer.data.records import Message
-from mede2.trainer.preference.journal import Journal
-from mede2.trainer.preference.progress import Progress
-from mede2.trainer.preference.rows import Row, tell
+from mede2.trainer.questions.rows import Row, tell
 
 BAD_QUESTION = (400, 413, 422)  # the server understood and will not answer this one; others it may
 MOST_REFUSED = 20  # as many refusals mean that the settings are wrong, not the questions

@@ -7,7 +7,7 @@ from typing import Any
 
 from mede2.trainer.data.records import BadRow, Message, parse_images, parse_prompt, parse_row
 from mede2.trainer.files import hash_file, hash_json
-from mede2.trainer.preference.rows import Row, read_lines, tell
+from mede2.trainer.questions.rows import Row, read_lines, tell
 
 WANTED = {"id": str, "prompt": list, "answer": str}
 OPTIONAL = {"images": list, "options": list, "explanation": str, "meta": dict}
@@ -123,3 +123,16 @@ def parse_case(source: str, row: Row, folder: Path) -> Case:
     return Case(
         source, given["id"], prompt, images, given["answer"], options, given.get("explanation"), given.get("meta", {})
     )
+
+
+def read_system(system: str | None) -> str | None:
+    """The system message that `--system` names: `format`, or the text of a file; None is none."""
+    if system is None or system == "format":
+        return system and FORMAT
+    try:
+        text = Path(system).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--system {system}: `format` or a text file ({error})") from error
+    if not text:
+        raise ValueError(f"--system {system}: an empty file")
+    return text
