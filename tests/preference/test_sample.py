@@ -120,7 +120,7 @@ def test_killed_in_the_middle_no_answer_is_lost_and_none_paid_for_twice(
     assert rows[0] == rows[0] | {"finish": "stop", "num_tokens": 2, "model": "m"}
     assert rows[0]["settings"] == {
         "temperature": 1.0, "top_p": 1.0, "max_tokens": 1024, "system": FORMAT, "grey_window": None,
-        "server": server.url,
+        "server": server.url, "model": "m",
     }  # fmt: skip
     assert server.requests[0][1]["messages"][0] == {"role": "system", "content": FORMAT}
     assert server.requests[0][1]["max_completion_tokens"] == 1024
