@@ -44,7 +44,7 @@ class Rate:
         """The 95 % Wilson score interval (Wilson 1927), within 0..1."""
         centre = (self.hits + Z95**2 / 2) / (self.num + Z95**2)
         half = Z95 / (self.num + Z95**2) * math.sqrt(self.hits * (self.num - self.hits) / self.num + Z95**2 / 4)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return centre - half if self.hits else 0.0, centre + half if self.hits < self.num else 1.0
 
     def __str__(self) -> str:
         low, high = self.interval
