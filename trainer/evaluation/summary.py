@@ -79,11 +79,12 @@ class _Book:
             else:
                 self.drawn.setdefault((answer.benchmark, answer.model), []).append(answer)
         for benchmark, model in self.each():
-            missing = self.benchmarks[benchmark].keys() - self.greedy.get((benchmark, model, AS_IT_IS), {}).keys()
+            questions = self.benchmarks[benchmark].keys()
+            missing = questions - self.greedy.get((benchmark, model, AS_IT_IS), {}).keys()
             if missing:
                 raise ValueError(
-                    f"answers: {model} has no greedy answer to {len(missing)} questions of {benchmark}, such as "
-                    f"{min(missing)}; answer them first"
+                    f"answers: {model} has no greedy answer to {len(missing)} of {len(questions)} questions of "
+                    f"{benchmark}, such as {min(missing)}; answer them first"
                 )
         self.clusters = {name: share_images(cases) for name, cases in self.benchmarks.items()}
 
