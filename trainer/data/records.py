@@ -274,4 +274,4 @@ def text_of(messages: Iterable[Message]) -> str:
 
 def message_text(message: Message) -> str:
     """The text of one message, [image] where an image stands."""
-    return "".join("[image]" if part["type"] == "image" else part["text"] for part in message["content"])
+    return "".join("[image] " if part["type"] == "image" else part["text"] for part in message["content"])

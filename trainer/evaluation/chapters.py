@@ -99,17 +99,17 @@ def _comparisons(summary: Row) -> Chapter:
     axis = span([0, *(row["difference"][end] for row in rows for end in ("low", "high"))])
     table = Figures(
         "Comparisons",
-        ("benchmark", "model", "against", "difference, points", "gained", "lost", "p", "p, adjusted", "verdict"),
+        ("benchmark", "model", "against", "difference, points", "gained / lost", "p", "p, adjusted", "verdict"),
         [
             (
                 row["benchmark"], row["model"], row["against"], points(row["difference"]),
-                str(row["gained"]), str(row["lost"]), p_value(row["p"]), p_value(row["p_adjusted"]),
+                f"{row['gained']} / {row['lost']}", p_value(row["p"]), p_value(row["p_adjusted"]),
                 f"{SIGNS[row['verdict']]} {row['verdict']}",
             )
             for row in rows
         ],
         "Gained: questions that the model gets right and the other does not; lost: the reverse.",
-        heads=3, brief=(0, 1, 2, 3, 7, 8),
+        heads=3, brief=(0, 1, 2, 3, 6, 7),
         marks=tuple(((summary["models"].index(row["model"]), row["difference"]),) for row in rows),
         axis=axis,
         links=tuple(
@@ -141,7 +141,7 @@ def _scaling(summary: Row) -> Chapter:
                 )
                 for method, of_method in by(rows, "method").items()
             }  # fmt: skip
-        details[benchmark] = [
+        details[f"{benchmark}: every n"] = [
             Figures(
                 method, ("model", *(f"n = {n}" for n in dict.fromkeys(row["n"] for row in of_method))),
                 [
@@ -254,7 +254,7 @@ def _groups(summary: Row) -> Chapter:
 
 def _reading(summary: Row) -> Chapter:
     scores = summary["scores"]
-    shown = {"recall": "open-question recall", "mmrp": "reasoning by the rules, 1 to 5"}
+    shown = {"recall": "open-question recall", "mmrp": "reasoning, 1 to 5"}
     shown = {name: told for name, told in shown.items() if any(row[name] for row in scores)}
 
     def further(name: str, row: Row) -> str:
@@ -271,7 +271,7 @@ def _reading(summary: Row) -> Chapter:
             )
             for row in scores
         ],
-        "Per cent with 95 % intervals; tokens and reasoning are means.",
+        "Per cent with 95 % intervals; tokens and reasoning (scored by the rule-based judge) are means.",
         heads=2, brief=(0, 1, 2, 3, 5),
         links=tuple(link(benchmark=row["benchmark"], model=row["model"], verdict="unparsed") for row in scores),
     )  # fmt: skip

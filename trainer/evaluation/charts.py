@@ -39,7 +39,7 @@ def span(values: Sequence[float], least: float = 0.1) -> Axis:
         low, high = middle - least / 2, middle + least / 2
     raw = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(round(i * step, 10) for i in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], ticks)

@@ -26,6 +26,7 @@ FOLDER = Path(__file__).parent
 TEMPLATE, STYLE, SCRIPT = "report.html.jinja", "report.css", "report.js"
 INTERVAL = re.compile(r"(?P<value>\S+) (?P<interval>\[[^\]]*\])(?P<more>.*)", re.DOTALL)
 VERDICT = re.compile(rf"(?P<sign>[{''.join(SIGNS.values())}]) (?P<word>.*)")
+LONG_NAME = 28  # characters
 PAGE, FIGURES = "report.html", "report.json"
 
 
@@ -58,8 +59,8 @@ def write_report(
     if num_shown < 0:
         raise ValueError(f"num_shown: 0 questions or more, not {num_shown}")
     summary = summarize(evaluation, leaks, seed)
-    if redact:
-        summary = _redacted(summary)
+    summary = _redacted(summary) if redact else summary
+    summary["redacted"] = redact
     shown = None if redact else collect(evaluation, num_shown, seed, grey_window)
     html = page(summary, shown)
     figures = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -105,7 +106,7 @@ def _redacted(summary: Row) -> Row:
     if leakage:
         found = [{name: value for name, value in leak.items() if name != "detail"} for leak in leakage["found"]]
         leakage = leakage | {"found": found}
-    return summary | {"benchmarks": benchmarks, "leakage": leakage, "redacted": True}
+    return summary | {"benchmarks": benchmarks, "leakage": leakage}
 
 
 def _digest(text: str) -> str:
@@ -135,8 +136,11 @@ def _cell(text: str) -> Markup:
 
 
 def _named(models: Sequence[str], text: str) -> Markup:
-    """A name, behind its colour and shape if it is a model's."""
-    return swatch(models.index(text)) + escape(text) if text in models else escape(text)
+    """A name, behind its colour and shape if it is a model's; a long one may be broken."""
+    if text not in models:
+        return escape(text)
+    kind = "model long" if len(text) > LONG_NAME else "model"
+    return Markup('<span class="{}">{}{}</span>').format(kind, swatch(models.index(text)), text)
 
 
 def _flat(settings: Row, prefix: str = "") -> list[tuple[str, str]]:
