@@ -15,9 +15,9 @@ function element(tag, attributes, ...children) {
   return made;
 }
 
-// Control characters have no shape; their pictures do.
-const visible = (text) =>
-  text.replace(/[\u0000-\u0008\u000b-\u001f\u007f]/g, (c) => String.fromCharCode(c === "\u007f" ? 0x2421 : 0x2400 + c.charCodeAt(0)));
+// Control characters have no shape, their pictures do; half of a surrogate pair becomes U+FFFD.
+const picture = (control) => String.fromCharCode(control === "\u007f" ? 0x2421 : 0x2400 + control.charCodeAt(0));
+const visible = (text) => text.toWellFormed().replace(/[\u0000-\u0008\u000b-\u001f\u007f]/g, picture);
 
 const block = (text, kind) => element("p", { class: `text ${kind}` }, visible(text));
 
