@@ -21,6 +21,7 @@ from mede2.trainer.questions.rows import Row
 
 SIGNS = {BETTER: "▲", WORSE: "▼", NO_DIFFERENCE: "○"}
 PROBE_NAMES = {"blank": "blank image", "shuffle": "another's image", "noise": "noise", "text_only": "text only"}
+FEW = 5  # benchmarks that are named in a sentence, and fit beside each other with their intervals
 SHARES = Axis(0, 1, (0, 0.25, 0.5, 0.75, 1))
 
 
@@ -41,15 +42,14 @@ def chapters(summary: Row) -> Iterator[Chapter]:
 
 def findings(summary: Row) -> list[str]:
     """Each model against the first, in a sentence."""
-    found = []
-    for model in summary["models"][1:]:
-        said = {word: [] for word in (BETTER, WORSE, NO_DIFFERENCE)}
-        for row in summary["comparisons"]:
-            if (row["model"], row["against"]) == (model, summary["models"][0]):
-                by = "" if row["verdict"] == NO_DIFFERENCE else f" ({signed(row['difference']['value'])} points)"
-                said[row["verdict"]].append(f"{row['benchmark']}{by}")
-        parts = [f"{word} on {', '.join(names)}" for word, names in said.items() if names]
-        found.append(f"{model} against {summary['models'][0]}: {'; '.join(parts)}.")
+    found, first, num = [], summary["models"][0], len(summary["benchmarks"])
+    for model, rows in by([row for row in summary["comparisons"] if row["against"] == first], "model").items():
+        parts = []
+        for word, of_word in by(rows, "verdict").items():
+            gains = "" if word == NO_DIFFERENCE else " ({} points)"
+            names = [row["benchmark"] + gains.format(signed(row["difference"]["value"])) for row in of_word]
+            parts.append(f"{word} on {', '.join(names) if num <= FEW else f'{len(names)} of {num} benchmarks'}")
+        found.append(f"{model} against {first}: {'; '.join(parts)}.")
     return found
 
 
@@ -88,7 +88,12 @@ def _accuracy(summary: Row) -> Chapter:
         "Intervals are Wilson's; where questions share images, questions about one image are drawn again together "
         "(cluster bootstrap). Dashed: what the same answer to every question would score, the best of"
         " such answers.",
-        [Figures("Accuracy", ("", *benchmarks), rows, note + (signs if len(models) > 1 else ""), num_quiet=4)],
+        [
+            Figures(
+                "Accuracy", ("", *benchmarks), rows, note + (signs if len(models) > 1 else ""), num_quiet=4,
+                is_stacked=len(benchmarks) > FEW,
+            )
+        ],
         pictures,
     )  # fmt: skip
 

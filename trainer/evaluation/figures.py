@@ -22,6 +22,7 @@ class Figures(Section):
     Attributes:
         brief: the columns that a terminal shows; None: all.
         num_quiet: last rows, which say what the others are to be read beside.
+        is_stacked: intervals stand below their values, so that more columns fit.
         marks: for each row what its chart shows, (model's place, estimate).
         axis: of the charts; None: no chart.
         references: for each row values to draw a line at.
@@ -31,6 +32,7 @@ class Figures(Section):
 
     brief: tuple[int, ...] | None = None
     num_quiet: int = 0
+    is_stacked: bool = False
     marks: tuple[Marks, ...] = ()
     axis: Axis | None = None
     references: tuple[tuple[float, ...], ...] = ()

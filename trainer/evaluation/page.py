@@ -124,9 +124,8 @@ def _cell(text: str) -> Markup:
     """A figure with its interval set smaller, a verdict with its sign."""
     if match := INTERVAL.fullmatch(text):
         more = Markup(' <span class="more">{}</span>').format(match["more"].strip()) if match["more"] else ""
-        return Markup('<span class="value">{}</span> <span class="interval">{}</span>{}').format(
-            match["value"], match["interval"], more
-        )
+        parts = Markup('<span class="value">{}</span> <span class="interval">{}</span>').format(*match.groups()[:2])
+        return Markup('<span class="estimate">{}{}</span>').format(parts, more)
     if match := VERDICT.fullmatch(text):
         kind = match["word"].split()[0]
         return Markup('<span class="verdict {}"><span aria-hidden="true">{}</span> {}</span>').format(
