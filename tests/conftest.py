@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytest_plugins = ["commands"]  # tests/plugins/commands.py
+
 MAX_PIXELS = 96 * 64
 MIN_PIXELS = 32 * 32
 
