@@ -102,6 +102,18 @@ def test_a_vote_over_too_many_subsets_is_near_the_mean_over_all():
     assert accuracies(answers, seed=1)["majority", 8] != found["majority", 8]
 
 
+def test_a_drawn_subset_has_n_answers():
+    """The only answer that could be read is in a subset of 8 of 16 half the time; 4 standard errors are 0.045."""
+    assert accuracies(drawn("1", "a" + 15 * "-"))["majority", 8] == pytest.approx(1 / 2, abs=0.045)
+
+
+@pytest.mark.parametrize("num", range(2, 14))
+def test_all_right_is_1_whatever_the_scores(num):
+    """Sums of shares that pass 1 by rounding are still accuracies."""
+    scores = [1 + i % 4 for i in range(num)]
+    assert all(value == pytest.approx(1) for value in accuracies(drawn("1", num * "a", scores)).values())
+
+
 def test_pass_at_n_by_hand():
     """2 of 4 right: no right one among 2 in 1 of 6 pairs."""
     found = accuracies(drawn("1", "abab"))
@@ -140,7 +152,7 @@ def test_open_answers_vote_by_their_plain_words():
         ("abb", (5, 2, 2), 1),  # 5 against 4
         ("abb", (4, 2, 2), 1 / 2),
         ("abb", (3, 2, 2), 0),
-        ("aab", (0.1 + 1, 0.2 + 1, 2.3), 1 / 2),  # 1.1 + 1.2 is 2.3 but for rounding
+        ("aaabb", (1, 1, 4 / 3, 5 / 3, 5 / 3), 1 / 2),  # equal but for rounding
         ("a-", (1, 5), 1),  # what could not be read does not vote
         ("abb", (3, None, None), 1),  # unjudged votes weigh 1
         ("abb", (2, None, None), 1 / 2),
@@ -200,7 +212,13 @@ def test_intervals_are_over_questions_or_what_they_belong_to():
     images = {f"q{i:02d}": i % 6 for i in range(30)}
     assert scaling(answers)[0].accuracy == mean(shares, range(30))
     assert scaling(answers, clusters=images)[0].accuracy == mean(shares, [i % 6 for i in range(30)])
-    assert scaling(answers, seed=3)[0].accuracy == mean(shares, range(30), seed=3)
+
+
+def test_the_seed_is_that_of_the_resamples_too():
+    """pass@n draws no subsets, so that only its interval can differ."""
+    first, second = (scaling(random_answers(40, 7), seed=seed)[1].accuracy for seed in (0, 3))
+    assert first.value == second.value
+    assert first.low != second.low
 
 
 @pytest.mark.parametrize(
