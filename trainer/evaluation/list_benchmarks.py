@@ -8,7 +8,7 @@ import click
 from mede2.trainer.questions.benchmarks import BENCHMARKS, OWN, Benchmark
 
 COLUMNS = 100
-LABEL = 12  # columns before a value
+LABEL = 14  # columns before a value
 
 
 def say(benchmark: Benchmark) -> str:
@@ -31,7 +31,8 @@ def describe(benchmark: Benchmark) -> str:
         )
         for label, value in lines.items()
     ]  # fmt: skip
-    return "\n".join([benchmark.title, *wrapped, f"    {'say':<{LABEL - 4}}{say(benchmark)}"])
+    heading = textwrap.fill(f"{benchmark.name}  {benchmark.title}", COLUMNS, subsequent_indent=" " * LABEL)
+    return "\n".join([heading, *wrapped, f"    {'say':<{LABEL - 4}}{say(benchmark)}"])
 
 
 @click.command("list", help=__doc__)

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mede2.trainer.data.records import BadRow, parse_images, parse_prompt
 from mede2.trainer.questions.cases import Case
-from mede2.trainer.questions.prompts import MARK, YES_NO, YES_OR_NO, pose
+from mede2.trainer.questions.prompts import CHOOSE, MARK, OPEN, YES_NO, YES_OR_NO, pose
 from mede2.trainer.questions.rows import Row
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -120,6 +120,9 @@ def make_case(adapter: Adapter, source: str, number: int, row: Row, folder: Path
         raise BadRow(source, f"{', '.join(missing)}: missing; the row has {', '.join(row) or 'no field'}")
     if reason := adapter.leave_out(row):
         return LeftOut(reason)
+    for name in adapter.options:
+        if row.get(name) is None and name not in (*adapter.optional, *adapter.made):
+            raise BadRow(source, f"{name}: null where options are due")
     row = row | adapter.prepare(source, row)
 
     options = _options(source, adapter, row)
@@ -128,7 +131,7 @@ def make_case(adapter: Adapter, source: str, number: int, row: Row, folder: Path
         return LeftOut(KEY_TWICE)
     if adapter.editable and len(set(options)) < len(options):
         raise BadRow(source, f"options: different texts, not {list(options)!r:.80}")
-    offered, closing = options, None
+    offered, closing = options, CHOOSE if options else OPEN
     meta = {key: row[name] for key, name in adapter.meta.items() if row.get(name) not in (None, "")}
     if adapter.yes_no:
         closed = not options and answer.lower() in YES_NO
@@ -142,12 +145,12 @@ def make_case(adapter: Adapter, source: str, number: int, row: Row, folder: Path
         raise BadRow(source, f"{', '.join(adapter.images)}: no image", "image")
     context = read_text(source, adapter.context, row) if adapter.context and row.get(adapter.context) else ""
     messages, shown = pose(
+        closing,
         question,
         offered if adapter.question else (),
         context,
-        () if adapter.marked else images.values(),
-        images if adapter.marked else None,
-        closing,
+        () if adapter.marked else list(images.values()),
+        images if adapter.marked else {},
     )
     if adapter.marked:
         for part in messages[0]["content"]:
@@ -183,7 +186,7 @@ def option_texts(source: str, name: str, value: Any) -> tuple[str, ...]:
         value = [given[letter] for letter in sorted(given)]
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in value):
         raise BadRow(source, f"{name}: a list of texts or {{letter: text}}, none empty, not {value!r:.80}")
-    if len(value) == 1 or len(value) > len(LETTERS):
+    if not 2 <= len(value) <= len(LETTERS):
         raise BadRow(source, f"{name}: 2 to {len(LETTERS)} options, not {len(value)}")
     return tuple(text.strip() for text in value)
 

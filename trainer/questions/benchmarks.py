@@ -113,7 +113,7 @@ _ALL = (
     ),
     Benchmark(
         "mmmu-pro-vision",
-        "MMMU-Pro, question and options in the image: the five subjects of Health & Medicine",
+        "MMMU-Pro, question and options in the image: the same five subjects",
         "hub data set MMMU/MMMU_Pro, folder `vision`",
         "the folder that holds that folder",
         "Apache-2.0",

@@ -65,13 +65,18 @@ MEDXPERTQA_TEXT, MEDXPERTQA_MM = _medxpertqa(()), _medxpertqa(("images",))
 
 
 def read_medqa(path: Path, store: Path) -> Iterator[Outcome]:
-    """The US questions with five options, or with four where the path names that file: jsonl of jind11/MedQA."""
+    """The US questions with five options, or with four where the path names that file: jsonl of jind11/MedQA.
+
+    Fields as public readers of these files have them (the archive itself was not at hand): metamap_phrases in the file
+    with four options only.
+    """
     (file,) = find_files(path, "test.jsonl", "phrases_no_exclude_test.jsonl")
     yield from adapt(MEDQA, read_table(file), file.parent, store)
 
 
 def read_medbullets(path: Path, store: Path) -> Iterator[Outcome]:
-    """The csv files of HanjieChen/ChallengeClinicalQA: with the column `ope` five options, without it four."""
+    """The csv files of HanjieChen/ChallengeClinicalQA, as they lie there: with the column `ope` five options, without
+    it four. An older state of them ends its rows with empty cells."""
     (file,) = find_files(path, "medbullets_op5.csv")
     rows = list(read_table(file))
     five = any("ope" in row for _, row in rows if not isinstance(row, BadRow))
@@ -79,7 +84,8 @@ def read_medbullets(path: Path, store: Path) -> Iterator[Outcome]:
 
 
 def read_medxpertqa_text(path: Path, store: Path) -> Iterator[Outcome]:
-    """Ten options; the split by reasoning and understanding is the case's `meta.task`."""
+    """Ten options; the split by reasoning and understanding is the case's `meta.task`. Fields as the card and the
+    viewer of hub data set TsinghuaC3I/MedXpertQA show them."""
     files = find_files(path, "Text/test.jsonl", "test.jsonl", "Text/test/*.parquet")
     yield from adapt(MEDXPERTQA_TEXT, read_tables(files), files[0].parent, store)
 

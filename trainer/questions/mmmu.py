@@ -124,6 +124,9 @@ def read_mmmu(path: Path, store: Path) -> Iterator[Outcome]:
     """The validation split of the five subjects, each in a folder of its name, as MMMU/MMMU lies on the hub; or one
     parquet file of one of them.
 
+    Fields as in the hub card's dataset_info. An open question with several right answers has the first as its key, all
+    of them in `meta.accepted_answers`.
+
     Raises:
         ValueError: names the subject that is missing.
     """
@@ -142,7 +145,7 @@ def _read_mmmu_pro(adapter: Adapter, configuration: str, path: Path, store: Path
 
 
 def read_mmmu_pro(path: Path, store: Path) -> Iterator[Outcome]:
-    """The standard questions with ten options."""
+    """The standard questions with ten options. Fields as in the hub card's dataset_info."""
     yield from _read_mmmu_pro(MMMU_PRO, "standard (10 options)", path, store)
 
 
@@ -152,5 +155,6 @@ def read_mmmu_pro_4(path: Path, store: Path) -> Iterator[Outcome]:
 
 
 def read_mmmu_pro_vision(path: Path, store: Path) -> Iterator[Outcome]:
-    """Question and options stand in the image."""
+    """Question and options stand in the image. Fields as in the hub card's dataset_info; it had no `options` at first,
+    which the evaluation code of MMMU-Benchmark/MMMU reads from every row."""
     yield from _read_mmmu_pro(MMMU_PRO_VISION, "vision", path, store)

@@ -31,8 +31,11 @@ def _prepare(source: str, row: Row) -> Row:
     images = row.get("images")
     if images is not None and not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
         raise BadRow(source, f"images: a list of paths, not {images!r:.60}")
-    if row.get("options") is None:
-        return mended | {"answer": row["answer"] if row.get("answer_text") is None else row["answer_text"]}
+    if not row.get("options"):
+        return mended | {
+            "options": None,
+            "answer": row["answer"] if row.get("answer_text") is None else row["answer_text"],
+        }
 
     options, answer = option_texts(source, "options", row["options"]), row["answer"]
     as_letter = isinstance(answer, str) and len(answer) == 1 and answer in LETTERS[: len(options)]

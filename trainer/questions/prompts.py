@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from mede2.trainer.data.records import Message
@@ -12,30 +13,28 @@ YES_NO = ("yes", "no")
 
 
 def pose(
+    closing: str,
     question: str,
     options: Sequence[str] = (),
     context: str = "",
     images: Sequence[Any] = (),
-    marked: Mapping[str, Any] | None = None,
-    closing: str | None = None,
+    marked: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[list[Message], list[Any]]:
     """One user message: images, then context, question, options one a line as `A. text`, and what is asked for.
 
     Args:
+        closing: the last line, what is asked for: CHOOSE, YES_OR_NO or OPEN.
         question: its text.
         options: what is offered, in its order.
         context: what is to be read before the question.
         images: shown before everything else.
         marked: images by the mark, such as "<image 1>", that they replace wherever it stands in the texts; those whose
             mark stands nowhere are shown after `images`.
-        closing: the last line; CHOOSE where there are options and OPEN where there are none, unless told otherwise.
 
     Returns:
         The prompt, and the images in the order of its placeholders (one for each time that it is shown).
     """
-    marked = marked or {}
     offered = "\n".join(f"{chr(ord('A') + position)}. {option}" for position, option in enumerate(options))
-    closing = closing or (CHOOSE if options else OPEN)
     text = "\n\n".join(part for part in (context.strip(), question.strip(), offered, closing) if part)
     shown = [*images, *(image for mark, image in marked.items() if mark not in text)]
     content: list[dict[str, str]] = [{"type": "image"} for _ in shown]

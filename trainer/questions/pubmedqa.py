@@ -59,7 +59,10 @@ HUB = Adapter(
 
 def read_pubmedqa(path: Path, store: Path) -> Iterator[Outcome]:
     """The labelled thousand of pubmedqa/pubmedqa (ori_pqal.json) or of qiaojin/PubMedQA (parquet); of these only the
-    official test half where its key, test_ground_truth.json, lies beside."""
+    official test half where its key, test_ground_truth.json, lies beside.
+
+    Fields as in ori_pqal.json itself, and as in the hub card's dataset_info.
+    """
     files = find_files(path, "ori_pqal.json", "data/ori_pqal.json", "pqa_labeled/*.parquet", "*.parquet")
     key_file = files[0].parent / TEST_KEY
     key = read_json(key_file) if key_file.is_file() else None

@@ -126,7 +126,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
                 else:
                     yield source, {name: cell for name, cell in row.items() if cell is not None}
     except csv.Error as error:
-        raise ValueError(f"{path} line {rows.line_num}: not a table ({error})") from error
+        raise ValueError(f"{path}: after line {rows.line_num} not a table ({error})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
     except OSError as error:

@@ -42,7 +42,11 @@ VQA_RAD = Adapter(
 
 def read_vqa_rad(path: Path, store: Path) -> Iterator[Outcome]:
     """The test rows of the OSF release (json beside its folder of images), or the test split in parquet of
-    flaviagiammarino/vqa-rad."""
+    flaviagiammarino/vqa-rad.
+
+    Fields as in the release's readme (its 14 variables, of which this json's spelling is that of public readers; the
+    file itself was not at hand), and as in the hub card's dataset_info.
+    """
     files = find_files(path, "VQA_RAD Dataset Public.json", "data/test-*.parquet", "test-*.parquet")
     if files[0].suffix == ".parquet":
         yield from adapt(HUB_TRIPLES, read_tables(files), files[0].parent, store)
@@ -71,7 +75,8 @@ def _slake(language: str) -> Adapter:
 
 def read_slake(path: Path, store: Path, language: str = "en") -> Iterator[Outcome]:
     """The test questions in one language; images from the unpacked imgs.zip. Closed questions whose key is
-    neither yes nor no (which of two organs, say), and all those in Chinese, have no options."""
+    neither yes nor no (which of two organs, say), and all those in Chinese, have no options. Fields as in test.json
+    itself."""
     (file,) = find_files(path, "test.json")
     folder = find_folder([file.parent / "imgs"])
     yield from adapt(_slake(language), read_table(file), folder, store)
@@ -82,7 +87,8 @@ def read_slake_chinese(path: Path, store: Path) -> Iterator[Outcome]:
 
 
 def read_path_vqa(path: Path, store: Path) -> Iterator[Outcome]:
-    """The test split in parquet of flaviagiammarino/path-vqa; the authors' own release is a pickle, and refused."""
+    """The test split in parquet of flaviagiammarino/path-vqa, fields as in its card; the authors' own release is a
+    pickle, and refused."""
     files = find_files(path, "data/test-*.parquet", "test-*.parquet")
     yield from adapt(HUB_TRIPLES, read_tables(files), files[0].parent, store)
 
@@ -122,7 +128,11 @@ PMC_VQA = Adapter(
 
 def read_pmc_vqa(path: Path, store: Path) -> Iterator[Outcome]:
     """The test questions, the hand-checked ones where they are there; images from the unpacked images.zip, or
-    images_2.zip for the second version's test_2.csv."""
+    images_2.zip for the second version's test_2.csv.
+
+    Fields of the first version as in the hub card, which once spelt one of them Anwser. Those of the second, whose
+    `Answer` is a letter, are not published in words: they are as public readers of test_2.csv have them.
+    """
     (file,) = find_files(path, "test_clean.csv", "test.csv", "test_2.csv")
     names = ("images_2", "figures", "images") if file.stem.endswith("2") else ("images", "figures")
     folder = find_folder([file.parent / name for name in names])
