@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from mede2.trainer.answering.answers import match_option
 from mede2.trainer.evaluation.answered import GROUPS
 from mede2.trainer.evaluation.list_benchmarks import command
 from mede2.trainer.questions.benchmarks import BENCHMARKS, parse_benchmark, read_benchmark
-from mede2.trainer.questions.prompts import CHOOSE, OPEN, pose
+from mede2.trainer.questions.prompts import CHOOSE, CHOOSE_LETTER, CHOOSE_TEXT, OPEN, ask_for, pose
 
 WANTED = {
     "medqa", "medbullets", "medxpertqa-text", "medxpertqa-mm", "pubmedqa", "mmmu", "mmmu-pro", "mmmu-pro-4",
@@ -27,7 +28,7 @@ def test_every_benchmark_is_there_and_described():
 
 def test_an_unknown_name_is_told_with_those_that_there_are(tmp_path):
     for call in (lambda: read_benchmark("medqqa", tmp_path, tmp_path), lambda: parse_benchmark("medqqa=x.jsonl")):
-        with pytest.raises(ValueError, match="medqqa: no such benchmark; there are medqa, medbullets, .*, cases"):
+        with pytest.raises(ValueError, match=r"medqqa: no such benchmark; there are medqa, medbullets, .*, cases"):
             call()
 
 
@@ -85,6 +86,27 @@ def test_the_list_for_programs():
         "path": BENCHMARKS["medqa"].path, "licence": "MIT", "groups": ["task"], "say": "--benchmark medqa=PATH",
     }  # fmt: skip
     assert rows[-1]["say"] == "--benchmark cases=FILE.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ((), OPEN),
+        (("x", "y"), CHOOSE),
+        (("b", "C", "none"), CHOOSE_TEXT),
+        (("Vitamin C", "E"), CHOOSE),
+        (("<image 1>", "<image 2>"), CHOOSE_LETTER),
+    ],
+)
+def test_what_is_asked_for(options, line):
+    assert ask_for(options) == line
+
+
+def test_a_text_that_is_anothers_letter_is_asked_for_and_read_as_text(tmp_path, write_rows):
+    row = {"question": "Which artery?", "options": ["B", "A", "None"], "answer": "B", "answer_text": "A"}
+    (case,) = read_benchmark("cases", write_rows(tmp_path / "own.jsonl", [row]), tmp_path)
+    assert case.prompt[0]["content"][0]["text"].endswith("\n\n" + CHOOSE_TEXT)
+    assert match_option("A", case.options) == case.options.index(case.answer) == 1
 
 
 def test_the_prompt_in_its_order():

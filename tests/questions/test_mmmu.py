@@ -77,7 +77,7 @@ def test_images_stand_where_their_marks_are(row, mmmu, read, layout, picture):
         None,
         "\nB. None, see",
         None,
-        f"\nC. Both\n\n{CHOOSE}",
+        "\nC. Both\n\nAnswer with the letter of one of the options.",
     ]
     assert [path.read_bytes() for path in case.images] == [picture(seed) for seed in (5, 2, 1, 2, 3, 4)]
     assert case.options == ("<image 3>", "None, see <image 4>", "Both")
@@ -144,7 +144,7 @@ def pro(row):
 def test_mmmu_pro_keeps_the_five_subjects_and_says_how_many_others_there_were(
     tmp_path, pro, write_parquet, read, refused, layout
 ):
-    ten = "['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i', 'j']"
+    ten = "['a1', 'b1', 'c1', 'd1', 'e1', 'f1', 'g1', 'h1', 'i1', 'j1']"
     rows = [pro(1, options=ten, answer="J"), pro(2, "Music"), pro(3, "Music"), pro(4, "Public_Health")]
     folder = tmp_path / "standard (10 options)"
     path = write_parquet(folder / "test-00000-of-00001.parquet", rows, IMAGES)
@@ -153,8 +153,8 @@ def test_mmmu_pro_keeps_the_five_subjects_and_says_how_many_others_there_were(
     cases, said = read("mmmu-pro", tmp_path)
     assert list(cases) == ["validation_Clinical_Medicine_1", "validation_Public_Health_4"]
     assert len(cases["validation_Clinical_Medicine_1"].options) == 10
-    assert cases["validation_Clinical_Medicine_1"].answer == "j"
-    assert layout(cases["validation_Clinical_Medicine_1"])[2].startswith("?\n\nA. a\nB. b\n")
+    assert cases["validation_Clinical_Medicine_1"].answer == "j1"
+    assert layout(cases["validation_Clinical_Medicine_1"])[2].startswith("?\n\nA. a1\nB. b1\n")
     assert "task" not in cases["validation_Clinical_Medicine_1"].meta
     assert said[0].endswith("; 2 rows left out: a subject outside Health & Medicine")
     cases, _ = read("mmmu-pro-4", tmp_path)
@@ -168,14 +168,14 @@ def test_mmmu_pro_vision_has_question_and_options_in_the_image(tmp_path, write_p
     row = {
         "id": "validation_Pharmacy_5",
         "image": {"bytes": picture(5), "path": "5.png"},
-        "options": "['a', 'b', 'c']",
+        "options": "['x', 'y', 'z']",
         "answer": "C",
         "subject": "Pharmacy",
     }
     path = write_parquet(tmp_path / "vision" / "test-00000-of-00001.parquet", [row], ("image",))
     case = read("mmmu-pro-vision", tmp_path)[0]["validation_Pharmacy_5"]
     assert layout(case) == [None, f"Answer the question in the image.\n\n{CHOOSE}"]
-    assert (case.options, case.answer, case.meta["specialty"]) == (("a", "b", "c"), "c", "Pharmacy")
+    assert (case.options, case.answer, case.meta["specialty"]) == (("x", "y", "z"), "z", "Pharmacy")
     assert case.images[0].read_bytes() == picture(5)
     write_parquet(path, [{name: value for name, value in row.items() if name != "options"}], ("image",))
     assert "row 1: options: missing" in refused("mmmu-pro-vision", tmp_path)

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mede2.trainer.data.records import BadRow, parse_images, parse_prompt
 from mede2.trainer.questions.cases import Case
-from mede2.trainer.questions.prompts import CHOOSE, MARK, OPEN, YES_NO, YES_OR_NO, pose
+from mede2.trainer.questions.prompts import MARK, YES_NO, YES_OR_NO, ask_for, pose
 from mede2.trainer.questions.rows import Row
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -53,6 +53,7 @@ class Adapter:
         marked: images are shown where the texts have their marks: field image_1 at "<image 1>".
         yes_no: questions without options whose key is yes or no get these two as options, for scoring: they are not
             listed in the prompt, which says "Answer yes or no.", and `meta.answer_type` is closed unless the row says.
+            Scoring reads the words; it would also take a bare A for yes, which nobody offered.
         editable: the file is the user's own, so that what is doubtful in it is an error.
         prepare: mends a row's form, (source, row) -> fields to change; may raise BadRow.
         leave_out: says of a row why it is left out, or None.
@@ -131,7 +132,7 @@ def make_case(adapter: Adapter, source: str, number: int, row: Row, folder: Path
         return LeftOut(KEY_TWICE)
     if adapter.editable and len(set(options)) < len(options):
         raise BadRow(source, f"options: different texts, not {list(options)!r:.80}")
-    offered, closing = options, CHOOSE if options else OPEN
+    offered, closing = options, ask_for(options)
     meta = {key: row[name] for key, name in adapter.meta.items() if row.get(name) not in (None, "")}
     if adapter.yes_no:
         closed = not options and answer.lower() in YES_NO

@@ -9,7 +9,22 @@ from mede2.trainer.data.records import Message
 
 MARK = re.compile(r"<image \d+>")  # where MMMU's texts show one of their images
 CHOOSE, YES_OR_NO, OPEN = "Answer with one of the options.", "Answer yes or no.", "Answer briefly."
+CHOOSE_TEXT, CHOOSE_LETTER = (
+    "Answer with the text of one of the options.",
+    "Answer with the letter of one of the options.",
+)
 YES_NO = ("yes", "no")
+
+
+def ask_for(options: Sequence[str]) -> str:
+    """The closing line. Answers are read by text first, then by letter: where a text is itself a letter of an option,
+    as in "A. C", the text is asked for, and where a text is an image, the letter."""
+    if not options:
+        return OPEN
+    if any(MARK.search(option) for option in options):
+        return CHOOSE_LETTER
+    letters = {chr(ord("A") + position) for position in range(len(options))}
+    return CHOOSE_TEXT if any(option.upper() in letters for option in options) else CHOOSE
 
 
 def pose(
@@ -23,7 +38,7 @@ def pose(
     """One user message: images, then context, question, options one a line as `A. text`, and what is asked for.
 
     Args:
-        closing: the last line, what is asked for: CHOOSE, YES_OR_NO or OPEN.
+        closing: the last line, what is asked for, see `ask_for`.
         question: its text.
         options: what is offered, in its order.
         context: what is to be read before the question.
