@@ -216,10 +216,10 @@ def option_text(said: str, options: Sequence[str]) -> frozenset:
         if word or re.fullmatch(rf"\W*{TEXT}\W*", sentence) and len(re.findall(MARK, sentence)) == 1:
             exact.append((start, start + len(sentence), named(mark_head(sentence, options))))
     found = last_of(marked, exact)
-    if len(found) == 1:
+    start, final = parts[-1]
+    if len(found) == 1 or (exact and exact[-1][0] == start):
         return found
-    final = parts[-1][1]
-    thought = re.search(r"\b(?:think|say|believe|is|so|therefore|thus)\b[,:]?\s+(?=[a-z]+$)", final, re.IGNORECASE)
+    thought = re.search(r"\b(?:think|say|believe|is|so|therefore|thus)\b[,:]?\s+(?=[a-z]{2,}$)", final, re.IGNORECASE)
     return named(final) or (thought and named(mark_head(final[thought.end() :], options))) or found
 
 

@@ -31,10 +31,13 @@ BEHIND_LETTER = (
     r"given|due|based|would|not|rather|instead|which|here|for|over|if|fits|best)\b)"
 )
 BARE = re.compile(rf"([A-Z])(?![\w'-]\w){BEHIND_LETTER}|([a-z])(?=\s*(?:$|[.)\]}}:\n]))")
-JOINT = r"\s*(?:,\s*(?:and|or)\b|and/or\b|and\b|or\b|as well as\b|[,/&+])?\s*"
+COMPARED = re.compile(
+    rf"(\b(?i:not|than|nor|neither|unlike|instead of)\s+)([A-Z])(?![\w'-]\w){BEHIND_LETTER}",
+)
+JOINT = r"\s*(?:,\s*(?:and|or)\b|and/or\b|and\b|or\b|but\b|as well as\b|[,/&+])?\s*"
 JOINED = re.compile(rf"(?<={MARK})([.:)]?{JOINT})([A-Z])(?![\w'-]\w){BEHIND_LETTER}")
 FILLER = re.compile(
-    r"(?:[\s:=,>–—-]|(?:\w+ly|therefore|thus|indeed|still|just|hence|then|most|either|both|the|that|it is|to be)\b(?!$))*"
+    r"(?:[\s:=,>–—-]|(?:\w+ly|therefore|thus|indeed|still|just|hence|then|most|either|both|the|that|it is|to be|option|choice|letter)\b(?!$))*"
 )
 GROUP = rf"{MARK}(?:\s*(?:,|/|\bor\b|\bnor\b|\band\b|\(|\)|[.:])?\s*(?:the\s+|an?\s+)?{MARK})*"
 DENIED_BEFORE = re.compile(
@@ -43,9 +46,10 @@ DENIED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 DENIED_BEHIND = (
-    r"[\s)\]:.,–—-]*?(?:which\s+)?(?:(?:is|are|was|were|seems?|can be|has been|would be)(?:\s+|n't\s+))?(?:\w+ly\s+|also\s+)?"
-    r"(?:not|incorrect|inconsistent|wrong|false|ruled out|excluded|unlikely|less likely|impossible|cannot|does not|doesn't|"
-    r"do not|isn't|has no|lacks|would(?!\s+(?:be\s+(?:the|correct|best|most)|fit|explain|also)\b))\b"
+    r"[\s)\]:.,–—-]*?(?:which\s+)?(?:(?:is|are|was|were|seems?|can be|has been|would be)(?:n't\b|\s+(?:\w+ly\s+)?not\b)|"
+    r"(?:(?:is|are|was|were|seems?|can be|has been|would be)\s+)?(?:\w+ly\s+|also\s+)?(?:incorrect|inconsistent|wrong|"
+    r"false|ruled out|excluded|unlikely|less likely|impossible|cannot|doesn't|does not|do not|has no|lacks|"
+    r"would(?!\s+(?:be\s+(?:the|correct|best|most)|fit|explain|also)\b))\b)"
 )
 DENIED = re.compile(rf"{GROUP}{DENIED_BEHIND}", re.IGNORECASE)
 REASON = re.compile(
@@ -87,7 +91,7 @@ def mark(text: str, options: Sequence[str]) -> str:
         )
     for pattern in (CALLED, BRACKETED):
         text = pattern.sub(lambda match: letter_mark(next(filter(None, match.groups())), options), text)
-    return text
+    return COMPARED.sub(lambda match: match[1] + letter_mark(match[2], options), text)
 
 
 def letter_mark(letter: str, options: Sequence[str]) -> str:
@@ -102,6 +106,11 @@ def mark_head(marked: str, options: Sequence[str]) -> str:
     texts = [plain(option) for option in options]
     word = re.match(r"[a-z]+\b", marked, re.IGNORECASE)
     bare = BARE.match(marked)
+    behind = re.match(rf"({LETTER}\W*|[A-Za-z][.:)]\s*)([a-z]+)\s*(?:$|[.,;\n])", marked, re.IGNORECASE)
+    if behind and behind[2].lower() in ANSWER_WORDS.intersection(texts):  # (A) yes
+        spelled = _character(FIRST_TEXT, texts.index(behind[2].lower()))
+        marked = behind[1] + spelled + marked[behind.end(2) :]
+        bare = BARE.match(marked)
     if word and word[0].lower() in ANSWER_WORDS.intersection(texts):
         others = re.match(r"\s*(?:,|/|\bor\b|\band\b)\s*([a-z]+)\s*(?:$|[.!?])", marked[word.end() :], re.IGNORECASE)
         found = [word[0]] + ([others[1]] if others else [])
