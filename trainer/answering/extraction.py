@@ -32,6 +32,7 @@ from mede2.trainer.answering.mentions import (
     FILLER,
     LETTER,
     MARK,
+    MAX_CHARACTERS,
     OTHER,
     TEXT,
     clean,
@@ -50,30 +51,33 @@ THOUGHT = re.compile(
     re.IGNORECASE,
 )
 THINKING = re.compile(
-    r"<(?:think|thinking|thought|reasoning)>|<unused94>|◁think▷|<\|begin_of_thought\|>|<\|channel\|>analysis", re.IGNORECASE
+    r"<(?:think|thinking|thought|reasoning)>|<unused94>|◁think▷|<\|begin_of_thought\|>|<\|channel\|>analysis",
+    re.IGNORECASE,
 )
 ANSWER_TAG = re.compile(r"<answer>(?P<content>.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
-BOX = re.compile(r"\\f?boxed\s*\{(?P<content>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)|<\|begin_of_box\|>(?P<glm>.*?)(?:<\||\Z)")
+BOX = re.compile(
+    r"\\f?boxed\s*\{(?P<content>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)|<\|begin_of_box\|>(?P<glm>.*?)(?:<\||\Z)"
+)
 BOLD = re.compile(r"\*\*(.+?)\*\*|__(.+?)__|<(?:b|strong)>(.+?)</(?:b|strong)>", re.IGNORECASE)
 IS = r"(?:\b(?:is|would be|should be|must be|could be|might be|may be|will be|has to be)\b|[:=→]|[-=]>|\s[-–—]\s)"
 WITHIN = rf"(?:(?!{MARK})[^\n.!?:])"
 ANNOUNCED = (
-    rf"\b(?:answer|ans|diagnosis|conclusion|solution|(?:correct|final|best)\s+(?:option|choice|one))\b{WITHIN}{{0,40}}?{IS}"
-    r"|^\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*$"
+    rf"(?:\b|_)(?:answer|ans|diagnosis|conclusion|solution|(?:correct|final|best)\s+(?:option|choice|one))\b{WITHIN}{{0,40}}?{IS}"
+    r"|^[ \t]*(?:the\s+)?(?:final\s+|correct\s+)?answer[ \t]*$"
     r"|(?:答案|答え|정답|\b(?:antwort|réponse|respuesta|resposta|risposta|ответ)\b)\s*(?:是|为|は|est|es|è|é|ist)?\s*[:=]?"
 )
 CHOSEN = (
     rf"|\b(?:option|choice)\s*(?:\bis\b|[:=])|\banswer\s+(?={LETTER}|[A-Z](?!\w){BEHIND_LETTER})"
     rf"|\b(?:most\s+(?:likely|appropriate|probable|suitable|consistent)|best|correct)\b{WITHIN}{{0,30}}?{IS}"
     rf"|\b(?:I|we)\b{WITHIN}{{0,20}}?\b(?:choose|pick|select|go with|opt for|say|answer|settle on)\b"
-    rf"|\b(?:so|therefore|thus|hence|it is|it's|it must be|it has to be)\b[,:]?\s+(?=(?:{LETTER}|[A-Z])\s*(?:$|[.\n]))"
+    rf"|\b(?:so|therefore|thus|hence|it is|it's|it must be|it has to be)\b[,:]?\s+(?=(?:{LETTER}|[A-Z])\s*(?:$|[.\n]|it is\b))"
 )
 CUE = re.compile(ANNOUNCED + CHOSEN, re.IGNORECASE | re.MULTILINE)
 OPEN_CUE = re.compile(ANNOUNCED, re.IGNORECASE | re.MULTILINE)
 JSON_ANSWER = re.compile(r"[\"'](?:final_)?answer[\"']\s*:\s*\"(?P<content>[^\"\n]*)\"", re.IGNORECASE)
 NAME = rf"(?:{MARK}|(?<![\w'-])[A-Z](?![\w'-]))"
 CALLED_RIGHT = re.compile(
-    rf"(?P<subject>{NAME}(?:[\s.:)]*{TEXT}|\s*(?:,|/|&|and|or)\s*{NAME})*)[\s)]*"
+    rf"(?P<subject>{NAME}(?:[\s.:)]*{TEXT}|\s*(?:,|/|&|and|or)\s*{NAME}){{0,9}})[\s)]*"
     r"(?:(?:is|are|would be|must be|seems|appears|looks)\s+(?:to be\s+)?(?:\w+ly\s+|therefore\s+|thus\s+)?(?:the|my|our|an?)?"
     r"\s*(?:single\s+)?(?:correct|right|best|answer|final|most\s+(?:likely|appropriate|probable|consistent|suitable))\b"
     r"|fits best|best\s+(?:fits|explains|describes|matches))"
@@ -83,6 +87,8 @@ DOUBTED = re.compile(
     r"|\b(?:doubt|wrong|incorrect|neither|nor|not|if|whether|unless)\s+(?:that\s+|the\s+)*$",
     re.IGNORECASE,
 )
+WORD = re.compile(rf"(?=(?:{'|'.join(sorted(ANSWER_WORDS))})\b)", re.IGNORECASE)  # "No effusion is seen"
+WORD_FIRST = re.compile(rf"(?:{WORD.pattern}|[^,]{{1,40}},\s+{WORD.pattern})(?=\w+\s*(?:$|[,;:–—-]))", re.IGNORECASE)
 SIDE_BY_SIDE = re.compile(r"(?:\W|\b(?:\w|the|my|and|or|also|correct|final|answer|is)\b)*", re.IGNORECASE)
 REFUSAL = re.compile(r"\b(?:cannot|can't|unable|sorry|not able|don't know|do not know)\b", re.IGNORECASE)
 
@@ -165,10 +171,11 @@ def content(text: str, options: Sequence[str]) -> frozenset:
 def stated(said: str, options: Sequence[str]) -> frozenset:
     """Words that announce an answer, or call an option the right one."""
     marked = mark(said, options)
-    cues = [(cue.start(), cue.end(), meant(marked[cue.end() :], options)) for cue in CUE.finditer(marked)]
-    called = [
-        (match.start(), match.end(), meant(match["subject"], options)) for match in CALLED_RIGHT.finditer(marked)
+    cues = [
+        (cue.start(), cue.end(), meant(marked[cue.end() : cue.end() + 2 * MAX_CHARACTERS], options))
+        for cue in CUE.finditer(marked)
     ]
+    called = [(match.start(), match.end(), meant(match["subject"], options)) for match in CALLED_RIGHT.finditer(marked)]
     believed = [found for found in cues + called if not DOUBTED.search(marked[max(0, found[0] - 60) : found[0]])]
     return last_of(marked, sorted(believed, key=lambda found: found[0]))
 
@@ -185,16 +192,27 @@ def bold(said: str, options: Sequence[str]) -> frozenset:
 
 
 def letter(said: str, options: Sequence[str]) -> frozenset:
-    """The letter with which the first or the last line begins; several, if other lines begin with others."""
+    """The letter with which the first or the last line begins; several, if lines of the same shape begin with others."""
     lines = [line for line in mark(said, options).splitlines() if line.strip()]
-    heads = [meant(line, options) if begins_with_letter(line) else frozenset() for line in lines]
-    if not lines or not (heads[0] or heads[-1]):
+    heads = [(meant(line, options), shape(line)) for line in lines if begins_with_letter(line)]
+    if not heads or not (begins_with_letter(lines[0]) or begins_with_letter(lines[-1])):
         return frozenset()
-    alone = [bool(re.fullmatch(r"\W*[A-Za-z]?\W*", line)) and not re.search(TEXT, line) for line in lines]
-    if alone[-1] and not any(alone[:-1]):
-        return heads[-1]
-    found = frozenset().union(*heads)
-    return found if heads[-1] or len(found) == 1 else frozenset()
+    found = frozenset().union(*(meaning for meaning, _ in heads))
+    if len(found) > 1:
+        shapes = [shape for _, shape in heads]
+        ends = [heads[0]] * begins_with_letter(lines[0]) + [heads[-1]] * begins_with_letter(lines[-1])
+        singled_out = [meaning for meaning, shape in ends if shape != "words" and shapes.count(shape) == 1]
+        if singled_out:
+            return frozenset().union(*singled_out)
+    return found if begins_with_letter(lines[-1]) or len(found) == 1 else frozenset()
+
+
+def shape(line: str) -> str:
+    """What a marked line that begins with a letter holds beside it: nothing, an option's text, or words."""
+    line = line[FILLER.match(line).end() :]
+    if re.match(rf"(?:{LETTER}|[A-Z])[\s.:)–—-]*{TEXT}", line):
+        return "text"
+    return "words" if re.search(r"\w", line[1:]) else "nothing"
 
 
 def begins_with_letter(line: str) -> bool:
@@ -211,10 +229,11 @@ def option_text(said: str, options: Sequence[str]) -> frozenset:
         return frozenset()
     exact = []
     for number, (start, sentence) in enumerate(parts):
-        head = re.match(r"[a-z]+\b(?P<whole>\s*(?:$|[,;:–—-]))?", sentence, re.IGNORECASE)
-        word = head and head[0].strip(" ,;:–—-").lower() in ANSWER_WORDS and (head["whole"] is not None or not number)
-        if word or re.fullmatch(rf"\W*{TEXT}\W*", sentence) and len(re.findall(MARK, sentence)) == 1:
-            exact.append((start, start + len(sentence), named(mark_head(sentence, options))))
+        word = WORD_FIRST.match(sentence) or (not number and WORD.match(sentence))
+        if word:
+            exact.append((start, start + len(sentence), named(mark_head(sentence[word.end() :], options))))
+        elif re.fullmatch(rf"\W*{TEXT}\W*", sentence) and len(re.findall(MARK, sentence)) == 1:
+            exact.append((start, start + len(sentence), named(sentence)))
     found = last_of(marked, exact)
     start, final = parts[-1]
     if len(found) == 1 or (exact and exact[-1][0] == start):

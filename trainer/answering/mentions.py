@@ -15,11 +15,13 @@ from mede2.trainer.answering.answers import plain
 OTHER = -1  # something is meant that is not among the options
 FIRST_TEXT, FIRST_LETTER = 0xE000, 0xF000  # private-use characters that stand for option 0's text and for letter A
 TEXT, LETTER, MARK = "[\ue000-\uefff]", "[\uf000-\uf8ff]", "[\ue000-\uf8ff]"
+MAX_CHARACTERS = 400  # of one answer's words, so that a model that repeats itself for ever is read in no time
 ANSWER_WORDS = frozenset({"yes", "no", "maybe", "true", "false", "none", "both"})  # mentions only where answers begin
 
 LATEX = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}|\\[()\[\]]")
 FORMATTING = re.compile(
-    r"[*`$]|__|</?(?:b|strong|i|em)>|(?m:^\s*#+\s*|^\s*[-•]\s+)|(?<!\w)['‘’]|['‘’](?!\w)|[\"“”«»「」]", re.IGNORECASE
+    r"[*`$]|__|</?(?:b|strong|i|em)>|(?m:^[ \t]*#+[ \t]*|^[ \t]*[-•][ \t]+)|(?<!\w)['‘’]|['‘’](?!\w)|[\"“”«»「」]",
+    re.IGNORECASE,
 )
 BRACKETED = re.compile(r"[(\[【]\s*([A-Za-z])\s*[)\]】]")
 CALLED = re.compile(
@@ -28,30 +30,34 @@ CALLED = re.compile(
 # What may follow a capital that is a letter; behind an article stands a noun, behind the pronoun I a verb.
 BEHIND_LETTER = (
     rf"(?=\s*(?:$|[.,;:)\]}}/&+\n–—。]|-\s|{MARK})|\s+[B-HJ-Z](?![\w'-])|\s+(?:because|since|as|is|are|was|or|and|but|"
-    r"given|due|based|would|not|rather|instead|which|here|for|over|if|fits|best)\b)"
+    r"given|due|based|would|not|rather|instead|which|here|for|over|if|it|fits|best)\b)"
 )
 BARE = re.compile(rf"([A-Z])(?![\w'-]\w){BEHIND_LETTER}|([a-z])(?=\s*(?:$|[.)\]}}:\n]))")
 COMPARED = re.compile(
     rf"(\b(?i:not|than|nor|neither|unlike|instead of)\s+)([A-Z])(?![\w'-]\w){BEHIND_LETTER}",
 )
 JOINT = r"\s*(?:,\s*(?:and|or)\b|and/or\b|and\b|or\b|but\b|as well as\b|[,/&+])?\s*"
-JOINED = re.compile(rf"(?<={MARK})([.:)]?{JOINT})([A-Z])(?![\w'-]\w){BEHIND_LETTER}")
+NEXT = rf"[.:)]?{JOINT}[A-Z](?![\w'-]\w){BEHIND_LETTER}"
+JOINED = re.compile(rf"(?<={MARK})(?:{NEXT})+")
 FILLER = re.compile(
     r"(?:[\s:=,>–—-]|(?:\w+ly|therefore|thus|indeed|still|just|hence|then|most|either|both|the|that|it is|to be|option|choice|letter)\b(?!$))*"
 )
-GROUP = rf"{MARK}(?:\s*(?:,|/|\bor\b|\bnor\b|\band\b|\(|\)|[.:])?\s*(?:the\s+|an?\s+)?{MARK})*"
+GROUP = rf"{MARK}(?:\s*(?:,|/|\bor\b|\bnor\b|\band\b|\(|\)|[.:])?\s*(?:the\s+|an?\s+)?{MARK}){{0,12}}"
+ONE = rf"(?:{LETTER}[\s.:)–—-]{{0,3}}{TEXT}|{MARK}(?:\s?\(?{LETTER})?)"
 DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|no|nor|neither|never|without|unlike|cannot|exclud\w+|rul\w+ out|rather than|instead of|than|over|"
     rf"against|absence of)|n't)\s+(?:\w+\s+){{0,3}}?{GROUP}",
     re.IGNORECASE,
 )
 DENIED_BEHIND = (
-    r"[\s)\]:.,–—-]*?(?:which\s+)?(?:(?:is|are|was|were|seems?|can be|has been|would be)(?:n't\b|\s+(?:\w+ly\s+)?not\b)|"
+    r"[\s)\]:.,–—-]{0,4}?(?:which\s+)?(?:(?:is|are|was|were|seems?|can be|has been|would be)(?:n't\b|\s+(?:\w+ly\s+)?not\b)|"
     r"(?:(?:is|are|was|were|seems?|can be|has been|would be)\s+)?(?:\w+ly\s+|also\s+)?(?:incorrect|inconsistent|wrong|"
     r"false|ruled out|excluded|unlikely|less likely|impossible|cannot|doesn't|does not|do not|has no|lacks|"
     r"would(?!\s+(?:be\s+(?:the|correct|best|most)|fit|explain|also)\b))\b)"
 )
-DENIED = re.compile(rf"{GROUP}{DENIED_BEHIND}", re.IGNORECASE)
+DENIED = re.compile(
+    rf"{GROUP}(?![\s)\]]*\b(?:is|was|seems)\b){DENIED_BEHIND}|{ONE}{DENIED_BEHIND}", re.IGNORECASE
+)  # "A and B are wrong", but in "C, A is wrong" only A is
 REASON = re.compile(
     r"\b(?:because|since|as(?! well)|given|due to|based on|which|whereas|while|although|though|however|but|with|if|for)\b"
     r"|;(?!\s*(?:otherwise|alternatively)\b)|\n",
@@ -124,18 +130,16 @@ def mark_head(marked: str, options: Sequence[str]) -> str:
             marked = rest  # "A lung abscess": an article
         else:
             marked = letter_mark(letter, options) + rest
-    while True:
-        marked, count = JOINED.subn(lambda match: match[1] + letter_mark(match[2], options), marked)
-        if not count:
-            return marked
+    return JOINED.sub(lambda chain: re.sub(r"[A-Z]", lambda match: letter_mark(match[0], options), chain[0]), marked)
 
 
 def meant(marked: str, options: Sequence[str]) -> frozenset[int]:
     """The options that the answer at the beginning of a marked text means; empty if it means none.
 
-    An answer ends with its sentence. A text behind a letter belongs to it: `(B) text of A` means both.
+    An answer ends with its sentence, and after MAX_CHARACTERS. A text behind a letter belongs to it: `(B) text of A`
+    means both.
     """
-    marked = mark_head(marked.strip(), options)
+    marked = mark_head(re.match(rf"\s*((?s:.{{0,{MAX_CHARACTERS}}}))", marked)[1].rstrip(), options)
     label = re.match(
         rf"{LETTER}(?:\s*[):–—-]?\s*{TEXT}|\s*[.]\s*{TEXT}(?=\s*(?:$|[.,;:(\n\]}}]|{MARK}))|[.:)]?\s*{LETTER})", marked
     )
