@@ -226,8 +226,8 @@ class Index:
         )  # image -> (benchmark, case) of those it is in
         for name, cases in benchmarks.items():
             for case in cases:
-                for image in dict.fromkeys(case.images):
-                    self.shown[image].append((name, case.id))
+                for number, image in enumerate(case.images, start=1):
+                    self.shown[image].append((name, case.id, number))
         self._fingerprint = lru_cache(4096)(lambda image: fingerprint(image, grey_window))
         self.images: list[Fingerprint] = []
         for image, places in self.shown.items():
@@ -327,8 +327,8 @@ class Index:
                     order, how = 1, "has the pixels of"
                 else:
                     order, how = 2 + int(bits[number]), f"looks like ({bits[number]} bits of 256 differ)"
-                for place in self.shown[other.image]:
-                    found.append((order, place, f"image {path} {how} {other.image}"))
+                for benchmark, case, which in self.shown[other.image]:
+                    found.append((order, (benchmark, case), f"image {path} {how} image {which} of the case"))
         for _, place, detail in sorted(found, key=lambda one: one[0], reverse=True):
             yield place, detail
 
