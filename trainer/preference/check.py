@@ -247,7 +247,12 @@ misspelt)."""
               help="Bits in which hashes of images that look alike may differ.")  # fmt: skip
 @click.option("--similarity", type=click.FloatRange(0, 1), default=ALIKE_TEXT, show_default=True,
               help="Of texts that are nearly the same (1: the same words in the same order).")  # fmt: skip
-@click.option("--against", multiple=True, metavar="NAME=PATH", help="A benchmark that must not be trained on; cases=PATH: cases of your own. Repeatable.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="A benchmark that must not be trained on; cases=PATH: cases of your own. Repeatable.",
+)
 @click.option("--strict", is_flag=True, help="Warnings fail, too.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object, with every problem.")
 @click.pass_context
