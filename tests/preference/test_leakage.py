@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mede2.trainer.data.records import detect_stage, parse_record
@@ -219,11 +219,13 @@ def test_what_cannot_be_looked_for_is_counted(tmp_path, film):
     assert index.leaks(record(demonstration(asked))) == []
 
 
-LETTERS = st.text(st.characters(categories=("Lu", "Ll", "Nd")), min_size=1, max_size=5)
+CHARACTERS = st.characters(categories=("Lu", "Ll", "Nd")).filter(lambda one: one.upper().casefold() == one.casefold())
+LETTERS = st.text(CHARACTERS, min_size=1, max_size=5)  # without the dotless i, whose upper case is that of the other i
 SEPARATORS = st.sampled_from([" ", "\n", ", ", " - ", "? ", "\u00a0", "\u3000", "\u2014", "\n\n", '" '])
 CONTEXTS = st.text(max_size=30)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_question_pasted_anywhere_is_found(data):
     """Whatever its words are, however they are parted and cased, and whatever stands around it."""
