@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mede2.trainer.answering.answers import extract, is_match, word_recall
+from mede2.trainer.answering.extraction import extract
 from mede2.trainer.answering.jobs import Job, plan
 from mede2.trainer.answering.journal import Journal
+from mede2.trainer.answering.matching import is_match, word_recall
 from mede2.trainer.evaluation.answered import AS_IT_IS, Answered
 from mede2.trainer.evaluation.probes import probe
 from mede2.trainer.files import hash_json
