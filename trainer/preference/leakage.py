@@ -133,7 +133,8 @@ def leaks_of_files(
 def words(text: str) -> list[str]:
     """The words that are compared: text in one form of its characters (NFKC), without upper case, cut into runs of
     letters and digits, a Chinese or Japanese character a word of its own. Punctuation and white space do not count."""
-    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return WORD.findall(unicodedata.normalize("NFKC", folded))  # again, for folding takes some Greek letters apart
 
 
 def _text(messages: Iterable[Message]) -> str:
