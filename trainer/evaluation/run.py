@@ -10,12 +10,13 @@ import click
 
 from mede2.trainer.answering.journal import Journal
 from mede2.trainer.answering.options import LOCAL_OPTIONS, SERVER_OPTIONS, asking_options, option
-from mede2.trainer.data.images import parse_window
+from mede2.trainer.data.images import Window, parse_window
 from mede2.trainer.evaluation.answered import PROBES, Evaluation
 from mede2.trainer.evaluation.asking import Model, ask, drawn_questions, greedy_questions, read_questions
 from mede2.trainer.evaluation.store import write_evaluation
 from mede2.trainer.questions.benchmarks import parse_benchmark
 from mede2.trainer.questions.cases import read_system
+from mede2.trainer.questions.rows import Row
 
 SERVED = re.compile(r"(?P<model>.+)@(?P<url>https?://.+)")
 
@@ -78,12 +79,11 @@ def command(
 
     from mede2.trainer.answering.local import PATIENCE_MINUTES
     from mede2.trainer.evaluation.page import print_summary, write_report
-    from mede2.trainer.preference.leakage import leaks_of_files, to_row
     from mede2.trainer.world import join_world
 
     world = join_world(PATIENCE_MINUTES)
     questions, about = world.on_main(lambda: read_questions(files, folder / "images", limit))
-    leaks = world.on_main(lambda: [to_row(leak) for leak in leaks_of_files(list(map(Path, training)), questions)])
+    leaks = world.on_main(lambda: find_leaks(training, questions, window)) if training else []
     greedy = world.on_main(lambda: greedy_questions(questions, kinds, folder / "images", seed, settings))
     drawn = drawn_questions(questions, num_samples, seed, settings)
     answers, identities = [], {}
@@ -131,6 +131,14 @@ def parse_benchmarks(benchmarks: Sequence[str]) -> dict[str, tuple[str, Path]]:
             raise ValueError(f"--benchmark {text}: {name!r} twice; the other is {files[name][1]}")
         files[name] = adapter, path
     return files
+
+
+def find_leaks(training: Sequence[str], questions: Questions, window: Window) -> list[Row]:
+    """Where training files hold the questions, as the report has it."""
+    from mede2.trainer.preference.leakage import leaks_of_files, to_row
+
+    asked = {name: list(cases.values()) for name, cases in questions.items()}
+    return [to_row(leak) for leak in leaks_of_files(list(map(Path, training)), asked, grey_window=window)]
 
 
 def _model(text: str, options: dict[str, Any], world) -> Model:
