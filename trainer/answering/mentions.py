@@ -70,7 +70,7 @@ SENTENCE_END = re.compile(r"[.!?](?=\s|$)|。|\n")
 
 
 def clean(text: str) -> str:
-    """One form for full-width letters and the like (NFKC) and apostrophes, and no characters that stand for mentions."""
+    """One form of full-width letters and the like (NFKC) and of apostrophes; no characters that stand for mentions."""
     text = unicodedata.normalize("NFKC", text).replace("\u2018", "'").replace("\u2019", "'")
     return re.sub("[\ue000-\uf8ff\u200b-\u200d\ufeff]", "", text)
 
