@@ -29,7 +29,7 @@ CALLED = re.compile(
 )
 # What may follow a capital that is a letter; behind an article stands a noun, behind the pronoun I a verb.
 BEHIND_LETTER = (
-    rf"(?=\s*(?:$|[.,;:()\]}}/&+\n\u2013—。]|-\s|{MARK})|\s+[B-HJ-Z](?![\w'-])|\s+(?:because|since|as|is|are|was|or|and|but|"
+    rf"(?=\s*(?:$|[.!,;:()\]}}/&+\n\u2013—。]|-\s|{MARK})|\s+[B-HJ-Z](?![\w'-])|\s+(?:because|since|as|is|are|was|or|and|but|"
     r"given|due|based|would|not|rather|instead|which|here|for|over|if|it|fits|best)\b)"
 )
 BARE = re.compile(rf"([A-Z])(?![\w'-]\w){BEHIND_LETTER}|([a-z])(?=\s*(?:$|[.)\]}}:\n]))")
