@@ -7,7 +7,7 @@ answers the last counts, unless they stand side by side, where no word revises t
 | rung | form | example |
 | --- | --- | --- |
 | format | exactly the two tags, an answer that names one option | `<think>...</think> <answer>C</answer>` |
-| answer tag | the last <answer> tag, closed or cut off, its content read by the rungs below | `<answer>It is C.</answer>` |
+| answer tag | the last <answer> tag, closed or cut off, read by the rungs below | `<answer>It is C.</answer>` |
 | boxed | LaTeX or GLM's box | `\\boxed{\\text{C}}` |
 | stated | words that announce an answer, or call an option the right one | `The answer is (C).`, `C is correct` |
 | bold | one option alone is set in bold | `it has to be **C**` |
@@ -59,10 +59,10 @@ BOX = re.compile(
     r"\\f?boxed\s*\{(?P<content>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)|<\|begin_of_box\|>(?P<glm>.*?)(?:<\||\Z)"
 )
 BOLD = re.compile(r"\*\*(.+?)\*\*|__(.+?)__|<(?:b|strong)>(.+?)</(?:b|strong)>", re.IGNORECASE)
-IS = r"(?:\b(?:is|would be|should be|must be|could be|might be|may be|will be|has to be)\b|[:=→]|[-=]>|\s[-–—]\s)"
+IS = r"(?:\b(?:is|would be|should be|must be|could be|might be|may be|will be|has to be)\b|[:=→]|[-=]>|\s[-\u2013—]\s)"
 WITHIN = rf"(?:(?!{MARK})[^\n.!?:])"
 ANNOUNCED = (
-    rf"(?:\b|_)(?:answer|ans|diagnosis|conclusion|solution|(?:correct|final|best)\s+(?:option|choice|one))\b{WITHIN}{{0,40}}?{IS}"
+    rf"(?:\b|_)(?:answer|ans|guess|diagnosis|conclusion|solution|(?:correct|final|best)\s+(?:option|choice|one))\b{WITHIN}{{0,40}}?{IS}"
     r"|^[ \t]*(?:the\s+)?(?:final\s+|correct\s+)?answer[ \t]*$"
     r"|(?:答案|答え|정답|\b(?:antwort|réponse|respuesta|resposta|risposta|ответ)\b)\s*(?:是|为|は|est|es|è|é|ist)?\s*[:=]?"
 )
@@ -70,16 +70,18 @@ CHOSEN = (
     rf"|\b(?:option|choice)\s*(?:\bis\b|[:=])|\banswer\s+(?={LETTER}|[A-Z](?!\w){BEHIND_LETTER})"
     rf"|\b(?:most\s+(?:likely|appropriate|probable|suitable|consistent)|best|correct)\b{WITHIN}{{0,30}}?{IS}"
     rf"|\b(?:I|we)\b{WITHIN}{{0,20}}?\b(?:choose|pick|select|go with|opt for|say|answer|settle on)\b"
-    rf"|\b(?:so|therefore|thus|hence|it is|it's|it must be|it has to be)\b[,:]?\s+(?=(?:{LETTER}|[A-Z])\s*(?:$|[.\n]|it is\b))"
+    r"|\b(?:so|therefore|thus|hence|it is|it's|it must be|it has to be)\b[,:]?\s+"
+    rf"(?=(?:{LETTER}|[A-Z])\s*(?:$|[.\n]|it is\b))"
 )
 CUE = re.compile(ANNOUNCED + CHOSEN, re.IGNORECASE | re.MULTILINE)
 OPEN_CUE = re.compile(ANNOUNCED, re.IGNORECASE | re.MULTILINE)
 JSON_ANSWER = re.compile(r"[\"'](?:final_)?answer[\"']\s*:\s*\"(?P<content>[^\"\n]*)\"", re.IGNORECASE)
-NAME = rf"(?:{MARK}|(?<![\w'-])[A-Z](?![\w'-]))"
+SINGLE = r"(?<![\w'-])[A-Z](?![\w'-])"
+NAME = rf"(?:(?:{LETTER}|{SINGLE})[\s.:)]*{TEXT}|{MARK}|{SINGLE})"
 CALLED_RIGHT = re.compile(
-    rf"(?P<subject>{NAME}(?:[\s.:)]*{TEXT}|\s*(?:,|/|&|and|or)\s*{NAME}){{0,9}})[\s)]*"
-    r"(?:(?:is|are|would be|must be|seems|appears|looks)\s+(?:to be\s+)?(?:\w+ly\s+|therefore\s+|thus\s+)?(?:the|my|our|an?)?"
-    r"\s*(?:single\s+)?(?:correct|right|best|answer|final|most\s+(?:likely|appropriate|probable|consistent|suitable))\b"
+    rf"(?P<subject>{NAME}(?:\s*(?:,|/|&|and|or)\s*{NAME}){{0,9}})[\s)]*"
+    r"(?:(?:is|are|would be|must be|seems|appears|looks)\s+(?:to be\s+)?(?:\w+ly\s+|therefore\s+|thus\s+)?"
+    r"(?:the|my|our|an?)?\s*(?:single\s+)?(?:correct|right|best|answer|final|most\s+(?:likely|appropriate|probable|consistent|suitable))\b"
     r"|fits best|best\s+(?:fits|explains|describes|matches))"
 )
 DOUBTED = re.compile(
@@ -88,7 +90,9 @@ DOUBTED = re.compile(
     re.IGNORECASE,
 )
 WORD = re.compile(rf"(?=(?:{'|'.join(sorted(ANSWER_WORDS))})\b)", re.IGNORECASE)  # "No effusion is seen"
-WORD_FIRST = re.compile(rf"(?:{WORD.pattern}|[^,]{{1,40}},\s+{WORD.pattern})(?=\w+\s*(?:$|[,;:–—-]))", re.IGNORECASE)
+WORD_FIRST = re.compile(
+    rf"(?:{WORD.pattern}|[^,]{{1,40}},\s+{WORD.pattern})(?=\w+\s*(?:$|[,;:\u2013—-]))", re.IGNORECASE
+)
 SIDE_BY_SIDE = re.compile(r"(?:\W|\b(?:\w|the|my|and|or|also|correct|final|answer|is)\b)*", re.IGNORECASE)
 REFUSAL = re.compile(r"\b(?:cannot|can't|unable|sorry|not able|don't know|do not know)\b", re.IGNORECASE)
 
@@ -192,7 +196,7 @@ def bold(said: str, options: Sequence[str]) -> frozenset:
 
 
 def letter(said: str, options: Sequence[str]) -> frozenset:
-    """The letter with which the first or the last line begins; several, if lines of the same shape begin with others."""
+    """The letter with which the first or the last line begins; several, if lines of one shape begin with several."""
     lines = [line for line in mark(said, options).splitlines() if line.strip()]
     heads = [(meant(line, options), shape(line)) for line in lines if begins_with_letter(line)]
     if not heads or not (begins_with_letter(lines[0]) or begins_with_letter(lines[-1])):
@@ -210,7 +214,7 @@ def letter(said: str, options: Sequence[str]) -> frozenset:
 def shape(line: str) -> str:
     """What a marked line that begins with a letter holds beside it: nothing, an option's text, or words."""
     line = line[FILLER.match(line).end() :]
-    if re.match(rf"(?:{LETTER}|[A-Z])[\s.:)–—-]*{TEXT}", line):
+    if re.match(rf"(?:{LETTER}|[A-Z])[\s.:)\u2013—-]*{TEXT}", line):
         return "text"
     return "words" if re.search(r"\w", line[1:]) else "nothing"
 

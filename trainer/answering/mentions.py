@@ -20,7 +20,7 @@ ANSWER_WORDS = frozenset({"yes", "no", "maybe", "true", "false", "none", "both"}
 
 LATEX = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}|\\[()\[\]]")
 FORMATTING = re.compile(
-    r"[*`$]|__|</?(?:b|strong|i|em)>|(?m:^[ \t]*#+[ \t]*|^[ \t]*[-•][ \t]+)|(?<!\w)['‘’]|['‘’](?!\w)|[\"“”«»「」]",
+    r"[*`$]|__|</?(?:b|strong|i|em)>|(?m:^[ \t]*#+[ \t]*|^[ \t]*[-•][ \t]+)|(?<!\w)'|'(?!\w)|[\"“”«»「」]",
     re.IGNORECASE,
 )
 BRACKETED = re.compile(r"[(\[【]\s*([A-Za-z])\s*[)\]】]")
@@ -29,7 +29,7 @@ CALLED = re.compile(
 )
 # What may follow a capital that is a letter; behind an article stands a noun, behind the pronoun I a verb.
 BEHIND_LETTER = (
-    rf"(?=\s*(?:$|[.,;:)\]}}/&+\n–—。]|-\s|{MARK})|\s+[B-HJ-Z](?![\w'-])|\s+(?:because|since|as|is|are|was|or|and|but|"
+    rf"(?=\s*(?:$|[.!,;:()\]}}/&+\n\u2013—。]|-\s|{MARK})|\s+[B-HJ-Z](?![\w'-])|\s+(?:because|since|as|is|are|was|or|and|but|"
     r"given|due|based|would|not|rather|instead|which|here|for|over|if|it|fits|best)\b)"
 )
 BARE = re.compile(rf"([A-Z])(?![\w'-]\w){BEHIND_LETTER}|([a-z])(?=\s*(?:$|[.)\]}}:\n]))")
@@ -40,17 +40,19 @@ JOINT = r"\s*(?:,\s*(?:and|or)\b|and/or\b|and\b|or\b|but\b|as well as\b|[,/&+])?
 NEXT = rf"[.:)]?{JOINT}[A-Z](?![\w'-]\w){BEHIND_LETTER}"
 JOINED = re.compile(rf"(?<={MARK})(?:{NEXT})+")
 FILLER = re.compile(
-    r"(?:[\s:=,>–—-]|(?:\w+ly|therefore|thus|indeed|still|just|hence|then|most|either|both|the|that|it is|to be|option|choice|letter)\b(?!$))*"
+    r"(?:[\s:=,>\u2013—-]|(?:\w+ly|therefore|thus|indeed|still|just|hence|then|most|either|both|the|that|it is|to be|"
+    r"option|choice|letter)\b(?!$))*"
 )
 GROUP = rf"{MARK}(?:\s*(?:,|/|\bor\b|\bnor\b|\band\b|\(|\)|[.:])?\s*(?:the\s+|an?\s+)?{MARK}){{0,12}}"
-ONE = rf"(?:{LETTER}[\s.:)–—-]{{0,3}}{TEXT}|{MARK}(?:\s?\(?{LETTER})?)"
+ONE = rf"(?:{LETTER}[\s.:)\u2013—-]{{0,3}}{TEXT}|{MARK}(?:\s?\(?{LETTER})?)"
 DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|no|nor|neither|never|without|unlike|cannot|exclud\w+|rul\w+ out|rather than|instead of|than|over|"
-    rf"against|absence of)|n't)\s+(?:\w+\s+){{0,3}}?{GROUP}",
+    rf"against|absence of|history of|risk of)|n't)\s+(?:\w+\s+){{0,3}}?{GROUP}",
     re.IGNORECASE,
 )
 DENIED_BEHIND = (
-    r"[\s)\]:.,–—-]{0,4}?(?:which\s+)?(?:(?:is|are|was|were|seems?|can be|has been|would be)(?:n't\b|\s+(?:\w+ly\s+)?not\b)|"
+    r"[\s)\]:.,\u2013—-]{0,4}?(?:which\s+)?(?:(?:is|are|was|were|seems?|can be|has been|would be)"
+    r"(?:n't\b|\s+(?:\w+ly\s+)?not\b)|"
     r"(?:(?:is|are|was|were|seems?|can be|has been|would be)\s+)?(?:\w+ly\s+|also\s+)?(?:incorrect|inconsistent|wrong|"
     r"false|ruled out|excluded|unlikely|less likely|impossible|cannot|doesn't|does not|do not|has no|lacks|"
     r"would(?!\s+(?:be\s+(?:the|correct|best|most)|fit|explain|also)\b))\b)"
@@ -59,16 +61,18 @@ DENIED = re.compile(
     rf"{GROUP}(?![\s)\]]*\b(?:is|was|seems)\b){DENIED_BEHIND}|{ONE}{DENIED_BEHIND}", re.IGNORECASE
 )  # "A and B are wrong", but in "C, A is wrong" only A is
 REASON = re.compile(
-    r"\b(?:because|since|as(?! well)|given|due to|based on|which|whereas|while|although|though|however|but|with|if|for)\b"
+    r"\b(?:because|since|as(?! well)|given|due to|based on|which|whereas|while|although|though|however|but|with|"
+    r"if|for)\b"
     r"|;(?!\s*(?:otherwise|alternatively)\b)|\n",
     re.IGNORECASE,
 )
-SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]|\n")
+SENTENCE_END = re.compile(r"[.!?](?=\s|$)|。|\n")
 
 
 def clean(text: str) -> str:
-    """One form for full-width letters and the like (NFKC), without characters that stand for mentions here."""
-    return re.sub("[\ue000-\uf8ff\u200b-\u200d\ufeff]", "", unicodedata.normalize("NFKC", text))
+    """One form of full-width letters and the like (NFKC) and of apostrophes; no characters that stand for mentions."""
+    text = unicodedata.normalize("NFKC", text).replace("\u2018", "'").replace("\u2019", "'")
+    return re.sub("[\ue000-\uf8ff\u200b-\u200d\ufeff]", "", text)
 
 
 def unformatted(text: str) -> str:
@@ -141,7 +145,8 @@ def meant(marked: str, options: Sequence[str]) -> frozenset[int]:
     """
     marked = mark_head(re.match(rf"\s*((?s:.{{0,{MAX_CHARACTERS}}}))", marked)[1].rstrip(), options)
     label = re.match(
-        rf"{LETTER}(?:\s*[):–—-]?\s*{TEXT}|\s*[.]\s*{TEXT}(?=\s*(?:$|[.,;:(\n\]}}]|{MARK}))|[.:)]?\s*{LETTER})", marked
+        rf"{LETTER}(?:\s*[):\u2013—-]?\s*{TEXT}|\s*[.]\s*{TEXT}(?=\s*(?:$|[.,;:(\n\]}}]|{MARK}))|[.:)]?\s*{LETTER})",
+        marked,
     )
     start = label.end() if label else 0
     end = SENTENCE_END.search(marked, start)

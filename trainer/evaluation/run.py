@@ -12,7 +12,7 @@ from mede2.trainer.answering.journal import Journal
 from mede2.trainer.answering.options import LOCAL_OPTIONS, SERVER_OPTIONS, asking_options, option
 from mede2.trainer.data.images import Window, parse_window
 from mede2.trainer.evaluation.answered import PROBES, Evaluation
-from mede2.trainer.evaluation.asking import Model, ask, drawn_questions, greedy_questions, read_questions
+from mede2.trainer.evaluation.asking import Model, Questions, ask, drawn_questions, greedy_questions, read_questions
 from mede2.trainer.evaluation.store import write_evaluation
 from mede2.trainer.questions.benchmarks import parse_benchmark
 from mede2.trainer.questions.cases import read_system
