@@ -2,6 +2,8 @@
 
 import csv
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -152,7 +154,7 @@ def test_parquet_that_cannot_be_read(tmp_path, write_parquet, refused, picture):
     assert f"{folder}: 1 of the 00002 parts test-*-of-00002.parquet; download all" in refused("path-vqa", tmp_path)
     write_parquet(path, [row | {"image": {"bytes": b"<html>", "path": None}}, row | {"image": None}], ("image",))
     message = refused("path-vqa", path)
-    assert f"{path} row 1: image: 6 bytes in no image format that Pillow reads" in message
+    assert f"{path} row 1: image: 6 bytes that are no image that Pillow reads" in message
     assert f"{path} row 2: image: no image" in message
     write_parquet(path, [row | {"split": "test"}], ("image",))
     assert "split: unknown; the fields here are answer, image, question" in refused("path-vqa", path)
@@ -166,6 +168,24 @@ def test_parquet_that_cannot_be_read(tmp_path, write_parquet, refused, picture):
         "path-vqa", tmp_path
     )
     assert "no such file or folder" in refused("path-vqa", tmp_path / "none")
+
+
+def test_an_image_of_too_many_pixels_is_told_before_it_is_decoded(tmp_path, write_parquet, refused):
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    row = {"image": {"bytes": bomb, "path": None}, "question": "what?", "answer": "a mass"}
+    path = write_parquet(tmp_path / "test-00000-of-00001.parquet", [row], ("image",))
+    assert f"{path} row 1: image: 33 bytes that are no image that Pillow reads" in refused("path-vqa", tmp_path)
+
+
+def test_parquet_as_the_hubs_own_library_writes_it(tmp_path, read, picture):
+    import datasets
+
+    image = {"bytes": picture(1), "path": "a.png"}
+    table = datasets.Dataset.from_dict({"image": [image], "question": ["what?"], "answer": ["a mass"]})
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    case = read("path-vqa", tmp_path)[0]["1"]
+    assert case.images[0].read_bytes() == picture(1)
 
 
 def test_the_pickle_of_path_vqa_is_refused(tmp_path, refused):

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from mede2.trainer.data.images import DAMAGE
 from mede2.trainer.data.records import BadRow, parse_images, parse_prompt
 from mede2.trainer.questions.cases import Case
 from mede2.trainer.questions.prompts import MARK, YES_NO, YES_OR_NO, ask_for, pose
@@ -246,13 +247,13 @@ def save_image(store: Path, source: str, content: bytes) -> Path:
     once, whoever writes it.
 
     Raises:
-        BadRow: the bytes are in no format that Pillow knows.
+        BadRow: the bytes are in no format that Pillow knows, or damaged, or of far too many pixels.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
             kind = str(image.format)
-    except UnidentifiedImageError as error:
-        raise BadRow(source, f"{len(content)} bytes in no image format that Pillow reads", "image") from error
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        raise BadRow(source, f"{len(content)} bytes that are no image that Pillow reads", "image") from error
     path = store.absolute() / (hashlib.sha256(content).hexdigest() + SUFFIXES.get(kind, f".{kind.lower()}"))
     if not path.is_file():
         store.mkdir(parents=True, exist_ok=True)
