@@ -1,9 +1,11 @@
-"""Fixtures of the report's tests: invented evaluations of invented models, as large as a page is to show."""
+"""The real command, questions whose right answer depends on what their image shows, and invented evaluations."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mede2.trainer.evaluation.answered import AS_IT_IS, PROBES, Answered, Evaluation
 from mede2.trainer.questions.cases import Case, read_cases
@@ -13,6 +15,33 @@ SKILL = {"phantoms": (0.25, 0.45, 0.8, 0.78), "slides": (0.35, 0.4, 0.55, 0.5), 
 WITHOUT_IMAGE = {"blank": 0.35, "shuffle": 0.45, "noise": 0.4, "text_only": 0.3}  # of the skill that is left
 SPECIALTIES = ("pulmonology", "cardiology", "neurology", "infectious diseases", "gastroenterology", "rheumatology")
 KEYS = ("pneumonia", "embolism", "heart failure", "sarcoidosis", "asthma")
+
+
+@pytest.fixture(scope="session")
+def evaluate(launched):
+    """`evaluate(*arguments, wait=True, **environment)` runs launch/evaluate.py."""
+    return partial(launched, "evaluate.py")
+
+
+@pytest.fixture(scope="session")
+def shades(tmp_path_factory, write_rows, user) -> Path:
+    """Six questions on whether a picture is lighter above or below, right answers in turn, and two without images."""
+    folder = tmp_path_factory.mktemp("shades")
+    rows = []
+    for number in range(6):
+        pixels = np.full((32, 32, 3), 40 + 10 * number, dtype=np.uint8)
+        half = slice(0, 16) if number % 2 == 0 else slice(16, 32)
+        pixels[half] = 200
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        rows.append({
+            "id": f"q{number}", "prompt": [user("Is it lighter above or below?", 1)], "images": [f"{number}.png"],
+            "answer": ("above", "below")[number % 2], "options": ["above", "below"],
+            "meta": {"modality": "photograph" if number < 4 else "drawing"},
+        })  # fmt: skip
+    for number in (6, 7):
+        question = {"id": f"q{number}", "prompt": [user(f"Two and {number}?")], "answer": str(2 + number)}
+        rows.append(question | {"meta": {"modality": "none"}})
+    return write_rows(folder / "shades.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +71,10 @@ def answered():
 
 
 @pytest.fixture(scope="session")
-def benchmarks(tmp_path_factory, user_case, demo_cases) -> dict[str, dict[str, Case]]:
+def benchmarks(tmp_path_factory, user_case, phantom_cases) -> dict[str, dict[str, Case]]:
     """Phantoms with options; open and closed questions, two about each of some pictures; vignettes without images."""
     phantoms = {}
-    for i, case in enumerate(read_cases(demo_cases)):
+    for i, case in enumerate(read_cases(phantom_cases)):
         case.meta.update(specialty=SPECIALTIES[i % 2], task=("reasoning", "understanding")[i % 2])
         phantoms[case.id] = case
     pictures = [case.images for case in phantoms.values()]
@@ -117,7 +146,7 @@ def _draw(model: str, benchmark: str, case: Case, rng, right: bool, *, probe=AS_
 
 
 @pytest.fixture(scope="session")
-def demo_cases(tmp_path_factory) -> Path:
+def phantom_cases(tmp_path_factory) -> Path:
     """40 of the demo's cases: cases.jsonl with pictures beside it."""
     from mede2.trainer.demo.records import write_cases
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from mede2.trainer.answering.extraction import RUNGS
 from mede2.trainer.evaluation.answered import PROBES
 from mede2.trainer.evaluation.charts import Axis, curves, span
 from mede2.trainer.evaluation.figures import (
@@ -280,7 +281,8 @@ def _reading(summary: Row) -> Chapter:
         heads=2, brief=(0, 1, 2, 3, 5),
         links=tuple(link(benchmark=row["benchmark"], model=row["model"], verdict="unparsed") for row in scores),
     )  # fmt: skip
-    rungs = list(dict.fromkeys(rung for row in scores for rung in row["rungs"]))
+    used = {rung for row in scores for rung in row["rungs"]}
+    rungs = sorted(used, key=lambda rung: (RUNGS.index(rung) if rung in RUNGS else len(RUNGS), rung))
     ladder = Figures(
         "Rungs", ("benchmark", "model", *rungs, "none"),
         [
@@ -305,10 +307,10 @@ def _leakage(summary: Row) -> Chapter:
     if leakage is None:
         return Chapter("leakage", "Leakage", "Nobody looked whether the questions stand in the training files.")
     questions = leakage["questions"]
+    shared = "13 words in a row (short ones all their words), or an image, with the training files"
     text = (
-        "Questions that share 13 words in a row or an image with the training files, and the accuracy on the others."
-        if leakage["found"] else
-        "No question shares 13 words in a row or an image with the training files that were looked at."
+        f"Questions that share {shared}, and the accuracy on the others."
+        if leakage["found"] else f"No question shares {shared} that were looked at."
     )  # fmt: skip
     counts = Figures(
         "Leaked questions", ("benchmark", "questions", "by text", "by image", "by either"),

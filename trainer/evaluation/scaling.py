@@ -155,8 +155,8 @@ def _best(drawn: Drawn, n: int) -> np.ndarray:
     """(Q,) best of n: an answer's level is the best of a subset in C(<=, n) - C(<, n) of the C(N, n), where so many
     answers score no more, and less; the level is then shared equally by its answers."""
     num = drawn.right.shape[1]
-    less = (drawn.scores[:, :, None] > drawn.scores[:, None, :] + EQUAL).sum(2)  # (Q, N)
-    no_more = (drawn.scores[:, :, None] >= drawn.scores[:, None, :] - EQUAL).sum(2)
+    less = (drawn.scores[:, :, None] > drawn.scores[:, None, :]).sum(2)  # (Q, N)
+    no_more = (drawn.scores[:, :, None] >= drawn.scores[:, None, :]).sum(2)
     share = np.array([math.comb(ranked, n) / math.comb(num, n) for ranked in range(num + 1)])
     return (drawn.right * (share[no_more] - share[less]) / (no_more - less)).sum(1)
 
@@ -169,19 +169,20 @@ def _vote(drawn: Drawn, weights: np.ndarray, subsets: np.ndarray) -> np.ndarray:
         part = slice(start, start + at_once)
         votes = (drawn.same[part] * weights[part, None, :]) @ subsets  # (questions, N, S): for what each answer says
         top = votes.max(1, keepdims=True)
-        won = (votes >= top - EQUAL) & (top > 0) & (subsets > 0)  # who voted for one of the winners
+        won = (votes >= top - EQUAL) & (subsets > 0)  # who voted for a winner
         parts.append(_mean_over_winners(won, weights[part], drawn.right[part]))
     return np.concatenate(parts)
 
 
 def _mean_over_winners(won: np.ndarray, weights: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(questions,) mean over subsets of the share of right ones among the winners' votes, 0 where nobody voted.
+    """(questions,) mean over subsets of the share of right ones among the winners' votes.
 
-    Winners have equal votes, so that each winner counts once.
+    Winners have equal votes, so that each winner counts once. Where no answer could be read all have equal votes, none,
+    and none is right.
     """
     of_winners = np.einsum("qns,qn->qs", won, weights)
     of_right = np.einsum("qns,qn->qs", won, weights * right)
-    return np.divide(of_right, of_winners, out=np.zeros_like(of_right), where=of_winners > 0).mean(1)
+    return (of_right / of_winners).mean(1)
 
 
 def _subsets(num: int, n: int, seed: int) -> np.ndarray:
