@@ -289,3 +289,8 @@ def _is_visible(text: str) -> bool:
 def text_of(messages: Iterable[Message]) -> str:
     """The text of messages, however it is cut into parts."""
     return "".join(part.get("text", "") for message in messages for part in message["content"])
+
+
+def message_text(message: Message) -> str:
+    """The text of one message, [image] where an image stands."""
+    return "".join("[image] " if part["type"] == "image" else part["text"] for part in message["content"])
