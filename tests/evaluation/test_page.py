@@ -411,6 +411,14 @@ def test_the_files_hold_the_same_figures_and_are_written_whole_or_not(example, t
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_that_nobody_looked_for_leaks_is_told_from_that_none_was_found(example, tmp_path):
+    told = {None: "Nobody looked whether the questions stand", (): "No question shares 13 words in a row"}
+    for leaks, text in told.items():
+        write_report(example(1, images=False, samples=0), tmp_path, leaks, num_shown=0)
+        html = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert [other in html for other in told.values()] == [other == text for other in told.values()]
+
+
 def test_the_terminal_shows_the_tables(example):
     summary = summarize(example(3))
     console = Console(width=160, record=True)

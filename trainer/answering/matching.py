@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from mede2.trainer.answering.answers import match_option, plain
+from mede2.trainer.answering.answers import plain
 from mede2.trainer.answering.extraction import Extracted
 from mede2.trainer.answering.mentions import clean
 
@@ -15,12 +15,12 @@ WORD = re.compile(rf"{NUMBER.pattern}|\w+")
 def is_match(extracted: Extracted, key: str, options: Sequence[str] = ()) -> bool:
     """Whether an answer counts as right. Unparsed is wrong.
 
-    Among options the one that is meant must be the key's. An answer to an open question must have the key's `words`,
-    all of them and no others, in its order. That is a lower bound: a synonym, or a sentence around the right words, is
-    counted as wrong (`word_recall` tells the second).
+    Among options, of which the key is one, it must be the one that is meant. An answer to an open question must have
+    the key's `words`, all of them and no others, in its order. That is a lower bound: a synonym, or a sentence around
+    the right words, is counted as wrong (`word_recall` tells the second).
     """
     if options:
-        return extracted.option is not None and extracted.option == match_option(key, options)
+        return extracted.option == list(options).index(key)
     return extracted.answer is not None and words(extracted.answer) == words(key)
 
 

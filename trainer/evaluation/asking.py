@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import click
+
 from mede2.trainer.answering.extraction import extract
 from mede2.trainer.answering.jobs import Job, plan
 from mede2.trainer.answering.journal import Journal
@@ -60,10 +62,12 @@ def read(model: str, asked: Asked, answer: Row, drawn: bool, rubric: Rubric) -> 
     """One answer, and what it says."""
     case, text = asked.case, answer["text"]
     found = extract(text, case.options)
+    keys = case.meta.get("accepted_answers") or [case.answer]
     return Answered(
         model, asked.benchmark, case.id, asked.probe, asked.job.sample if drawn else None, text, answer["finish"],
-        answer["num_tokens"], found.rung, found.answer, is_match(found, case.answer, case.options),
-        recall=None if case.options else word_recall(found.answer or "", case.answer),
+        answer["num_tokens"], found.rung, found.answer,
+        right=any(is_match(found, key, case.options) for key in keys),
+        recall=None if case.options else max(word_recall(found.answer or "", key) for key in keys),
         mmrp=_mmrp(Answer(case, asked.job.sample, text, answer["key"]), rubric) if asked.probe == AS_IT_IS else None,
     )  # fmt: skip
 
@@ -86,8 +90,10 @@ def read_questions(
     """
     questions, about = {}, {}
     for name, (adapter, path) in benchmarks.items():
-        cases = read_benchmark(adapter, path, folder)
-        about[name] = {"format": adapter, "path": str(path), "questions": len(cases)}
+        said: list[str] = []
+        cases = read_benchmark(adapter, path, folder, said.append)
+        click.echo(*said, err=True)
+        about[name] = {"format": adapter, "path": str(path), "read": said[0], "questions": len(cases)}
         if limit is not None and limit < len(cases):
             drawn = {case.id for case in sorted(cases, key=lambda case: hash_json(case.id))[:limit]}
             cases = [case for case in cases if case.id in drawn]

@@ -18,7 +18,8 @@ def command(folders: Sequence[str], output: str, redact: bool, num_shown: int) -
 
     read = [read_evaluation(Path(folder)) for folder in dict.fromkeys(folders)]
     evaluation = read[0][0] if len(read) == 1 else join([evaluation for evaluation, _ in read])
-    leaks = list({tuple(leak.items()): leak for _, leaks in read for leak in leaks}.values())
+    looked = [leaks for _, leaks in read if leaks is not None]
+    leaks = list({tuple(leak.items()): leak for leaks in looked for leak in leaks}.values()) if looked else None
     summary = write_report(evaluation, Path(output), leaks, redact=redact, num_shown=num_shown)
     print_summary(summary)
     click.echo(f"{Path(output) / 'report.html'}")
