@@ -299,8 +299,8 @@ def server():
 def test_hostile_texts_stay_text_and_nothing_is_asked_for(browse, server, user_case, answered, tmp_path, write_image):
     address, asked = server
     evil = (
-        f"</script><script>document.title='taken'</script><img src={address}/x onerror=\"document.title='taken'\">"
-        "<!--<script>--><style>body{display:none}</style>{{ 7 * 7 }} [0.1, 0.2] 'quoted' \"twice\" &lt;b&gt; "
+        f"</script /><script>document.title='taken'</script><img src={address}/x onerror=\"document.title='taken'\">"
+        "<!--<script >--><style>body{display:none}</style>{{ 7 * 7 }} [0.1, 0.2] 'quoted' \"twice\" &lt;b&gt; "
         "\u2028 \u202e"
     )
     unprinted = "\x00\x07\x1b[31m\ud800"
@@ -333,7 +333,7 @@ def test_hostile_texts_stay_text_and_nothing_is_asked_for(browse, server, user_c
     assert seen.tags.count("title") == 1 + seen.tags.count("desc")  # the page's, and one for each chart of curves
     articles = dom[dom.index("<article") : dom.rindex("</article>")]
     assert seen.tags.count("img") == 1
-    assert "<title>Evaluation: base &lt;/script&gt;" in dom
+    assert "<title>Evaluation: base &lt;/script /&gt;" in dom
     assert "does not decode" in articles
     assert "␀␇␛[31m\ufffd" in articles
     assert "{{ 7 * 7 }}" in articles
