@@ -87,8 +87,7 @@ def _accuracy(summary: Row) -> Chapter:
     return Chapter(
         "accuracy", "Accuracy",
         "Intervals are Wilson's; where questions share images, questions about one image are drawn again together "
-        "(cluster bootstrap). Dashed: what the same answer to every question would score, the best of"
-        " such answers.",
+        "(cluster bootstrap). Dashed: the best that the same answer to every question could score.",
         [
             Figures(
                 "Accuracy", ("", *benchmarks), rows, note + (signs if len(models) > 1 else ""), num_quiet=4,
