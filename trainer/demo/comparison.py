@@ -16,7 +16,7 @@ from mede2.trainer.evaluation.statistics import Estimate, Rate, holm, mcnemar, p
 
 RATES = ("accuracy", "format", "grounding", "soundness")
 ERRORS = (*CRITERIA, "unreadable")
-COMPARED = ("accuracy", "grounding", "soundness", *CRITERIA)
+COMPARED = ("accuracy", "grounding", "soundness")  # and the errors of the criterion that an arm leaves out
 SIGNIFICANT = 0.05
 
 Verdicts = Mapping[str, Sequence[bool]]  # by name of a rate or an error, one for each case
@@ -28,7 +28,7 @@ class Difference:
 
     Attributes:
         arm, other: names of the arms.
-        measure: of `COMPARED`.
+        measure: of `COMPARED`, or the criterion that the arm leaves out.
         estimate: the mean over the seeds, with the interval over the cases for these very runs.
         by_seed: the differences of the single seeds.
         p_values: McNemar's for each seed, adjusted by Holm's method over all differences of all seeds.
@@ -52,7 +52,7 @@ def verdicts(cases: Sequence[Case], answers: Sequence[str]) -> dict[str, list[bo
 
 
 def compare(arms: Sequence[Arm], of: Mapping[str, Sequence[Verdicts]]) -> list[Difference]:
-    """Every arm with the one that it is compared with, in all that is `COMPARED`.
+    """Every arm with the one that it is compared with.
 
     Args:
         arms: of the study.
@@ -62,7 +62,7 @@ def compare(arms: Sequence[Arm], of: Mapping[str, Sequence[Verdicts]]) -> list[D
     for arm in arms:
         if arm.against is None:
             continue
-        for measure in COMPARED:
+        for measure in (*COMPARED, *filter(None, [arm.left_out])):
             pairs = [
                 (theirs[measure], ours[measure]) for theirs, ours in zip(of[arm.against], of[arm.name], strict=True)
             ]
@@ -102,7 +102,8 @@ def tables(titles: Mapping[str, str], of: Mapping[str, Sequence[Verdicts]], diff
         for difference in differences:
             if difference.other == other:
                 rows.setdefault(difference.arm, [titles[difference.arm]]).append(_difference(difference))
-        parts.append(_table((f"more than {titles[other]}", *COMPARED), list(rows.values())))
+        headings = (f"more than {titles[other]}", *COMPARED, "errors of the criterion left out")
+        parts.append(_table(headings, [row + [""] * (len(headings) - len(row)) for row in rows.values()]))
     return "\n\n".join(parts) + "\n"
 
 

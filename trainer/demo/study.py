@@ -28,6 +28,7 @@ class Arm:
         start: the arm that it starts from; None is the base model.
         settings: what differs from the recipe.
         against: the arm that it is compared with.
+        left_out: the criterion that its pairs have no negative of.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Arm:
     start: str | None = "stage1"
     settings: Mapping[str, Any] = field(default_factory=dict)
     against: str | None = "full"
+    left_out: str | None = None
 
 
 PREFERENCES_ALONE = {"objective": {"sigmoid": 1}, "beta": 1, "learning_rate": 5e-5}
@@ -46,10 +48,13 @@ ARMS = (
     Arm("dpo", "Stage II by plain DPO", ENHANCE, "pairs", settings=PREFERENCES_ALONE),
     Arm("sft", "control: SFT on the chosen", ELICIT, "chosen", settings={"learning_rate": 5e-4}),
     *(
-        Arm(f"without_{criterion}", f"Stage II without {criterion}", ENHANCE, f"pairs without {criterion}")
+        Arm(
+            f"without_{criterion}", f"Stage II without {criterion}", ENHANCE, f"pairs without {criterion}",
+            left_out=criterion,
+        )
         for criterion in CRITERIA
     ),
-)
+)  # fmt: skip
 
 
 def write_records(folder: Path, seed: int, num: int | None = None) -> dict[str, Path]:
