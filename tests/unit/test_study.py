@@ -157,7 +157,7 @@ def invented(**hits):
 
 ARM, OTHER = (
     Arm("without", "without reflection", 2, "pairs", left_out="reflection"),
-    Arm("full", "full", 2, "pairs", against=None),
+    Arm("full", "full", 2, "pairs", against=()),
 )
 INVENTED = {
     "base": [invented()],

@@ -1,4 +1,4 @@
-"""The study's tables: each arm's rates over the seeds, its errors by criterion, and how it differs from another arm.
+"""The study's tables: each arm's rates over the seeds, its errors by criterion, and how arms differ.
 
 Two kinds of chance are kept apart. The interval of a difference is over the cases: what other held-out cases might have
 given to these very models. What other seeds might give shows in the values of the single seeds, and in nothing else:
@@ -24,7 +24,7 @@ Verdicts = Mapping[str, Sequence[bool]]  # by name of a rate or an error, one fo
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm minus the one it is compared with, in one rate or one kind of error.
+    """An arm minus another, in one rate or one kind of error.
 
     Attributes:
         arm, other: names of the arms.
@@ -52,31 +52,28 @@ def verdicts(cases: Sequence[Case], answers: Sequence[str]) -> dict[str, list[bo
 
 
 def compare(arms: Sequence[Arm], of: Mapping[str, Sequence[Verdicts]]) -> list[Difference]:
-    """Every arm with the one that it is compared with.
+    """Every arm with those that it is compared with.
 
     Args:
         arms: of the study.
         of: by name of the arm, the verdicts for each seed, the same seeds and the same cases for each.
     """
     found = []
-    for arm in arms:
-        if arm.against is None:
-            continue
+    for arm, other in [(one, other) for one in arms for other in one.against]:
         for measure in (*COMPARED, *filter(None, [arm.left_out])):
-            pairs = [
-                (theirs[measure], ours[measure]) for theirs, ours in zip(of[arm.against], of[arm.name], strict=True)
-            ]
+            pairs = [(theirs[measure], ours[measure]) for theirs, ours in zip(of[other], of[arm.name], strict=True)]
             first, second = ([hit for pair in pairs for hit in pair[side]] for side in (0, 1))
             of_the_same_case = [case for theirs, _ in pairs for case in range(len(theirs))]
-            found.append((arm, measure, paired_difference(first, second, of_the_same_case), pairs))
+            estimate = paired_difference(first, second, of_the_same_case)
+            found.append((arm.name, other, measure, estimate, pairs))
     adjusted = iter(holm([mcnemar(*pair) for *_, pairs in found for pair in pairs]))
     return [
         Difference(
-            arm.name, arm.against, measure, estimate,
+            arm, other, measure, estimate,
             tuple((sum(ours) - sum(theirs)) / len(ours) for theirs, ours in pairs),
             tuple(next(adjusted) for _ in pairs),
         )
-        for arm, measure, estimate, pairs in found
+        for arm, other, measure, estimate, pairs in found
     ]  # fmt: skip
 
 
@@ -93,17 +90,19 @@ def tables(titles: Mapping[str, str], of: Mapping[str, Sequence[Verdicts]], diff
     parts.append(_rates(titles, of, RATES))
     parts.append("Answers with an error, by criterion; one whose chain cannot be read counts as that alone")
     parts.append(_rates(titles, of, ERRORS))
-    parts.append(
-        "Points more than another arm has: the mean over the seeds [95 % interval over the cases] (each seed; "
-        f"* McNemar's p, by Holm over all of these, below {SIGNIFICANT})"
-    )
+    if differences:
+        parts.append(
+            "Points more than another arm has: the mean over the seeds [95 % interval over the cases] (each seed; "
+            f"* McNemar's p, by Holm over all of these, below {SIGNIFICANT})"
+        )
     for other in dict.fromkeys(difference.other for difference in differences):
         rows: dict[str, list[str]] = {}
         for difference in differences:
             if difference.other == other:
                 rows.setdefault(difference.arm, [titles[difference.arm]]).append(_difference(difference))
-        headings = (f"more than {titles[other]}", *COMPARED, "errors of the criterion left out")
-        parts.append(_table(headings, [row + [""] * (len(headings) - len(row)) for row in rows.values()]))
+        width = max(map(len, rows.values()))
+        headings = (f"more than {titles[other]}", *COMPARED, "errors of the criterion left out")[:width]
+        parts.append(_table(headings, [row + [""] * (width - len(row)) for row in rows.values()]))
     return "\n\n".join(parts) + "\n"
 
 

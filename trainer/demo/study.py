@@ -27,7 +27,7 @@ class Arm:
         records: a key of `write_records`.
         start: the arm that it starts from; None is the base model.
         settings: what differs from the recipe.
-        against: the arm that it is compared with.
+        against: the arms that it is compared with.
         left_out: the criterion that its pairs have no negative of.
     """
 
@@ -37,15 +37,15 @@ class Arm:
     records: str
     start: str | None = "stage1"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    against: str | None = "full"
+    against: tuple[str, ...] = ("full",)
     left_out: str | None = None
 
 
 PREFERENCES_ALONE = {"objective": {"sigmoid": 1}, "beta": 1, "learning_rate": 5e-5}
 ARMS = (
-    Arm("stage1", "Stage I", ELICIT, "demonstrations", start=None),
-    Arm("full", "Stage II (DPO and NLL)", ENHANCE, "pairs", against=None),
-    Arm("dpo", "Stage II by plain DPO", ENHANCE, "pairs", settings=PREFERENCES_ALONE),
+    Arm("stage1", "Stage I", ELICIT, "demonstrations", start=None, against=()),
+    Arm("full", "Stage II (DPO and NLL)", ENHANCE, "pairs", against=("stage1",)),
+    Arm("dpo", "Stage II by plain DPO", ENHANCE, "pairs", settings=PREFERENCES_ALONE, against=("stage1", "full")),
     Arm("sft", "control: SFT on the chosen", ELICIT, "chosen", settings={"learning_rate": 5e-4}),
     *(
         Arm(
@@ -93,7 +93,7 @@ def with_starts(names: Sequence[str]) -> list[Arm]:
             raise ValueError(f"arm: {name!r} is not one of {', '.join(known)}")
         if name not in wanted:
             wanted.add(name)
-            waiting += [other for other in (known[name].start, known[name].against) if other]
+            waiting += [other for other in (known[name].start, *known[name].against) if other]
     return [arm for arm in ARMS if arm.name in wanted]
 
 
