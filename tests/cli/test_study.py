@@ -22,7 +22,7 @@ def test_the_study_goes_on_from_what_is_done(tmp_path, run):
         "| Stage II (DPO and NLL)",
     ]  # fmt: skip
     compared = json.loads((tmp_path / "study.json").read_text())
-    assert [(one["arm"], one["other"], one["estimate"]["num"]) for one in compared] == [("full", "stage1", 4)] * 3
+    assert [(one["arm"], one["other"], one["estimate"]["num"]) for one in compared] == [("full", "stage1", 4)] * 4
 
 
 def test_an_unknown_arm_is_told_before_anything_runs(tmp_path, run):

@@ -167,15 +167,15 @@ INVENTED = {
 
 
 def test_differences_are_paired_by_case_within_a_seed():
-    """McNemar: 9 lost and none gained is 2 / 2^9 = 0.0039, the least of 8 p-values: by Holm 8 times as much."""
+    """McNemar: 9 lost and none gained is 2 / 2^9 = 0.0039, the least of 10 p-values: by Holm 10 times as much."""
     found = {difference.measure: difference for difference in compare([OTHER, ARM], INVENTED)}
-    assert list(found) == ["accuracy", "grounding", "soundness", "reflection"]
+    assert list(found) == ["accuracy", "format", "grounding", "soundness", "reflection"]
     accuracy = found["accuracy"]
     assert (accuracy.arm, accuracy.other) == ("without", "full")
     assert accuracy.by_seed == pytest.approx((-0.9, -0.2))
     assert accuracy.estimate.value == pytest.approx(-0.55)
     assert accuracy.estimate.low < -0.55 < accuracy.estimate.high < 0
-    assert accuracy.p_values == pytest.approx((8 * 2 / 2**9, 1))
+    assert accuracy.p_values == pytest.approx((10 * 2 / 2**9, 1))
     assert found["grounding"].by_seed == pytest.approx((0, 0.1))
     assert found["reflection"].by_seed == pytest.approx((0.2, 0))
 

@@ -12,11 +12,10 @@ from mede2.trainer.demo.cases import CRITERIA, Case
 from mede2.trainer.demo.errors import errors
 from mede2.trainer.demo.score import judge
 from mede2.trainer.demo.study import Arm
-from mede2.trainer.evaluation.statistics import Estimate, Rate, holm, mcnemar, paired_difference
+from mede2.trainer.evaluation.statistics import Estimate, holm, mcnemar, paired_difference
 
 RATES = ("accuracy", "format", "grounding", "soundness")
 ERRORS = (*CRITERIA, "unreadable")
-COMPARED = ("accuracy", "grounding", "soundness")  # and the errors of the criterion that an arm leaves out
 SIGNIFICANT = 0.05
 
 Verdicts = Mapping[str, Sequence[bool]]  # by name of a rate or an error, one for each case
@@ -28,7 +27,7 @@ class Difference:
 
     Attributes:
         arm, other: names of the arms.
-        measure: of `COMPARED`, or the criterion that the arm leaves out.
+        measure: of `RATES`, or the criterion that the arm leaves out.
         estimate: the mean over the seeds, with the interval over the cases for these very runs.
         by_seed: the differences of the single seeds.
         p_values: McNemar's for each seed, adjusted by Holm's method over all differences of all seeds.
@@ -60,7 +59,7 @@ def compare(arms: Sequence[Arm], of: Mapping[str, Sequence[Verdicts]]) -> list[D
     """
     found = []
     for arm, other in [(one, other) for one in arms for other in one.against]:
-        for measure in (*COMPARED, *filter(None, [arm.left_out])):
+        for measure in (*RATES, *filter(None, [arm.left_out])):
             pairs = [(theirs[measure], ours[measure]) for theirs, ours in zip(of[other], of[arm.name], strict=True)]
             first, second = ([hit for pair in pairs for hit in pair[side]] for side in (0, 1))
             of_the_same_case = [case for theirs, _ in pairs for case in range(len(theirs))]
@@ -101,7 +100,7 @@ def tables(titles: Mapping[str, str], of: Mapping[str, Sequence[Verdicts]], diff
             if difference.other == other:
                 rows.setdefault(difference.arm, [titles[difference.arm]]).append(_difference(difference))
         width = max(map(len, rows.values()))
-        headings = (f"more than {titles[other]}", *COMPARED, "errors of the criterion left out")[:width]
+        headings = (f"more than {titles[other]}", *RATES, "errors of the criterion left out")[:width]
         parts.append(_table(headings, [row + [""] * (width - len(row)) for row in rows.values()]))
     return "\n\n".join(parts) + "\n"
 
@@ -111,7 +110,7 @@ def _rates(titles: Mapping[str, str], of: Mapping[str, Sequence[Verdicts]], name
 
 
 def _rate(seeds: Sequence[Verdicts], name: str) -> str:
-    values = [Rate(sum(seed[name]), len(seed[name])).value for seed in seeds]
+    values = [sum(seed[name]) / len(seed[name]) for seed in seeds]
     each = f" ({', '.join(f'{100 * value:.1f}' for value in values)})" if len(values) > 1 else ""
     return f"{100 * sum(values) / len(values):.1f}{each}"
 
