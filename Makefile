@@ -1,4 +1,4 @@
-# `make demo`, `make demo-pairs` and `make test` set up .venv themselves; they do nothing twice.
+# `make demo`, `make demo-pairs`, `make demo-study` and `make test` set up .venv themselves; they do nothing twice.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ NUM_SCORED := 400
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-pairs test lint kernels-aot clean
+.PHONY: demo demo-pairs demo-study test lint kernels-aot clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ demo-pairs: $(RUNS)/stage2/summary.json $(VENV)/installed
 	$(BIN)/python launch/pairs.py report --cases $(PAIRS)/cases.jsonl --samples $(PAIRS)/samples.jsonl --judgements $(PAIRS)/judgements.jsonl --pairs $(PAIRS)/pairs.jsonl --output $(PAIRS)/report.html
 	$(BIN)/deepspeed launch/stage2.py --ds ds_configs/z3.json --recipe trainer/demo/stage2.yaml --train $(PAIRS)/pairs.jsonl --output $(RUNS)/on_policy
 	$(BIN)/python launch/demo.py --runs $(RUNS) --num-cases $(NUM_SCORED) --model "on-policy=$(RUNS)/on_policy"
+
+# Three seeds of both stages, of what Stage II is compared with, and of Stage II without each criterion; see README.md.
+demo-study: $(VENV)/installed
+	$(BIN)/python launch/demo_study.py --runs $(RUNS)/study
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
