@@ -16,9 +16,12 @@ $(VENV)/installed: setup.py
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
+# Both stages, what each gained, and the evaluation's report on the same cases: does the model look at the image?
 demo: $(VENV)/installed
 	$(BIN)/deepspeed launch/stage2.py --ds ds_configs/z3.json
-	$(BIN)/python launch/demo.py
+	$(BIN)/python launch/demo.py --runs $(RUNS) --num-cases $(NUM_SCORED)
+	$(BIN)/python launch/pairs.py demo-cases --split heldout --num $(NUM_SCORED) --output $(RUNS)/held_out/held_out.jsonl
+	$(BIN)/python launch/evaluate.py run --model base=trainer/demo/base --model "Stage I=$(RUNS)/stage1" --model "Stage II=$(RUNS)/stage2" --benchmark cases=$(RUNS)/held_out/held_out.jsonl --probe all --samples 8 --max-tokens 80 --batch-size 100 --training $(RUNS)/demo_records/stage1/train/stage1.jsonl --training $(RUNS)/demo_records/stage2/train/stage2.jsonl --output $(RUNS)/evaluation
 
 $(RUNS)/stage2/summary.json:
 	$(MAKE) demo
