@@ -236,7 +236,7 @@ class _KeptLogps(torch.autograd.Function):
                 if needs_weight:
                     torch.mm(grad_logits.t(), hidden, out=grad_weight[rows])
                 if needs_hidden:
-                    grad_hidden.addmm_(grad_logits, weight[rows])
+                    grad_hidden += torch.mm(grad_logits, weight[rows])
         return grad_hidden, grad_weight, None, grad_bias
 
 
