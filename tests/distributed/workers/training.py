@@ -323,8 +323,8 @@ def closed(world: World, job: dict) -> dict:
 
 
 def out_of_memory(world: World, job: dict) -> str:
-    """A dry run in an address space that has no room for the attention mask of a long pair."""
-    settings = make_settings(2, global_batch_size=2, micro_batch_size=1, max_length=20_000)
+    """A dry run in an address space that has no room for the attention mask of a long pair, which eager needs."""
+    settings = make_settings(2, global_batch_size=2, micro_batch_size=1, max_length=20_000, attention="eager")
     engine = make_engine(world, job["models"]["tied"], settings)
     batches = make_batches(world, job["models"]["tied"], job["records"]["long"], 2, settings)
     objective = Enhance(settings, torch.zeros(2, 2, dtype=torch.float64))
