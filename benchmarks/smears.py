@@ -1,6 +1,6 @@
 """Blood smears with boxes (BCCD) as a task for both stages: views, chains told from the boxes, ways to spoil them.
 
-The base model learns to transcribe a smear and never counts; Stage I tells in words how to count; Stage II shows smears.
+The base model learns to transcribe smears and never counts; Stage I tells in words how to count; Stage II shows them.
 """
 
 import json
@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE = (128, 96)  # pixels of a view; with patches of 8 px merged 2 x 2 the quadrants are whole visual tokens
-GRID = (4, 4)  # columns and rows of what the base model writes; two of each are a quadrant
+SIZE = (96, 96)  # pixels of a view
+MERGE = 3  # patches of 8 px merged on a side: a visual token for each field
+GRID = (4, 4)  # columns and rows of fields; two of each are a quadrant
 LABELS = {"WBC": "white cell", "Platelets": "platelet"}  # red cells are incompletely boxed, so never told
 KINDS = tuple(LABELS.values())
 FIELDS = ("clear", "white", "platelet", "platelets", "both")
@@ -158,20 +159,27 @@ def look(told: Places) -> str:
 
 
 def grid(cells: Sequence[Cell]) -> str:
-    """Row by row which of FIELDS has its centre in each field of GRID."""
+    """Row by row what each field shows."""
+    named = fields(cells)
+    return ", ".join(" ".join(named[start : start + GRID[0]]) for start in range(0, len(named), GRID[0]))
+
+
+def fields(cells: Sequence[Cell]) -> list[str]:
+    """Which of FIELDS has its centre in each field of GRID, in reading order."""
     kinds: list[list[str]] = [[] for _ in range(GRID[0] * GRID[1])]
     for cell in cells:
         column, row = (min(int(at * number), number - 1) for at, number in zip(cell.centre, GRID, strict=True))
         kinds[row * GRID[0] + column].append(cell.kind)
-    named = [_field(of_field) for of_field in kinds]
-    return ", ".join(" ".join(named[start : start + GRID[0]]) for start in range(0, len(named), GRID[0]))
+    return [_field(of_field) for of_field in kinds]
 
 
 def tell(told: Places, rng: np.random.Generator) -> str:
     """The same in words, in an order and a phrasing that vary."""
     mixed = [told[i] for i in rng.permutation(len(told))]
     if rng.random() < 0.5:
-        return f"The report names {' and '.join(f'a {kind} in the {place} part' for kind, place in mixed) or 'nothing'}."
+        return (
+            f"The report names {' and '.join(f'a {kind} in the {place} part' for kind, place in mixed) or 'nothing'}."
+        )
     return " ".join(f"In the {place} part lies a {kind}." for kind, place in mixed) or "In no part lies anything."
 
 

@@ -154,14 +154,14 @@ def test_a_view_shows_the_cells_where_it_says(smears):
     colours = {"white cell": (200, 0, 0), "platelet": (0, 0, 200)}
     image = Image.new("RGB", (640, 480), "white")
     for cell in cells:
-        box = [round(at * side) for at, side in zip((cell.left, cell.top, cell.right, cell.bottom), (640, 480) * 2)]
-        image.paste(colours[cell.kind], tuple(box))
+        box = np.multiply([cell.left, cell.top, cell.right, cell.bottom], (640, 480) * 2).round().astype(int)
+        image.paste(colours[cell.kind], tuple(box.tolist()))
     kept = []
     for seed in range(60):
         window, across, down, shown = smears.view(cells, np.random.default_rng(seed))
         picture = np.asarray(smears.draw(image, window, across, down)).astype(int)
         for cell in shown:
-            x, y = (min(int(at * side), side - 1) for at, side in zip(cell.centre, smears.SIZE))
+            x, y = (min(int(at * side), side - 1) for at, side in zip(cell.centre, smears.SIZE, strict=True))
             assert np.abs(picture[y, x] - colours[cell.kind]).max() < 90, (seed, cell)
         kept.append(len(shown))
     assert set(kept) >= {1, 2}

@@ -45,6 +45,7 @@ def build_base(
     texts: Iterable[str] | None = None,
     vocabulary: int = VOCABULARY,
     pixels: tuple[int, int] = (WIDTH * HEIGHT, WIDTH * HEIGHT),
+    merge: int = MERGE,
     max_positions: int = 1024,
 ) -> Path:
     """Write an untrained base model with its tokenizer, chat template, image processor and generation settings.
@@ -55,18 +56,19 @@ def build_base(
         texts: what the tokenizer is trained on, without the chat's special tokens; None: the demo's own texts.
         vocabulary: number of tokens, at least 267: 256 bytes and what a chat needs.
         pixels: smallest and largest image; others are scaled to it.
+        merge: patches of a visual token, on a side.
         max_positions: longest sequence, tokens.
     """
     tokenizer = build_tokenizer(texts, vocabulary)
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer, vocabulary, max_positions))
+    model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer, vocabulary, merge, max_positions))
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessor(
-        patch_size=PATCH, merge_size=MERGE, temporal_patch_size=2, min_pixels=pixels[0], max_pixels=pixels[1]
+        patch_size=PATCH, merge_size=merge, temporal_patch_size=2, min_pixels=pixels[0], max_pixels=pixels[1]
     ).save_pretrained(folder)
     return folder
 
@@ -88,7 +90,9 @@ def build_tokenizer(texts: Iterable[str] | None = None, vocabulary: int = VOCABU
     return tokenizer
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast, vocabulary: int, max_positions: int) -> Qwen2_5_VLConfig:
+def build_config(
+    tokenizer: PreTrainedTokenizerFast, vocabulary: int, merge: int, max_positions: int
+) -> Qwen2_5_VLConfig:
     """The architecture of Qwen2.5-VL at 1/1000 of its width and depth."""
     ids = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
@@ -114,7 +118,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, vocabulary: int, max_positi
             "num_heads": VISION_HEADS,
             "out_hidden_size": HIDDEN,
             "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
+            "spatial_merge_size": merge,
             "temporal_patch_size": 2,
             "window_size": 4 * PATCH,
             "initializer_range": INIT,
