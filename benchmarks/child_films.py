@@ -6,7 +6,6 @@ The only truth about a film is its label, so what the base model learns to write
 label in other words: here the stages can teach the form of an answer, and what follows, but nothing to see.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,6 +16,8 @@ import numpy as np
 from eyes import Batch, learn_to_see
 from PIL import Image
 from two_stages import Row, report, score, train_models, turns, write_rows
+
+from mede2.trainer.questions.rows import read_rows
 
 TASK = "pneumonia"
 QUESTION = "This is a frontal chest radiograph of a child. Is it normal or does it show pneumonia?"
@@ -47,7 +48,7 @@ def main(
     from mede2.trainer.demo.model import build_base
 
     folder, path = Path(output), Path(questions)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in read_rows(path, ("id", "images", "answer_text"))]
     order = np.random.default_rng([seed, 0]).permutation(len(rows))
     scored, films = [rows[i] for i in sorted(order[:num_heldout])], [rows[i] for i in sorted(order[num_heldout:])]
     write_rows(folder / "cases.jsonl", cases(scored, path.parent))

@@ -3,13 +3,14 @@
 The base model learns to transcribe smears and never counts; Stage I tells in words how to count; Stage II shows them.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from mede2.trainer.questions.rows import read_rows
 
 SIZE = (96, 96)  # pixels of a view
 MERGE = 3  # patches of 8 px merged on a side: a visual token for each field
@@ -70,11 +71,10 @@ def read_smears(path: Path) -> list[Smear]:
         ValueError: names a row whose question is of no known task, or whose answer its boxes contradict.
     """
     smears: dict[str, Smear] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
+    for source, row in read_rows(path, ("id", "images", "options", "answer_text", "meta")):
         task = TASKS.get(row["id"].rpartition("-")[2])
         if task is None or tuple(row["options"].values()) != OPTIONS[task]:
-            raise ValueError(f"{path}:{number}: id {row['id']!r} with options {row['options']}: of no known task")
+            raise ValueError(f"{source}: id {row['id']!r} with options {row['options']}: of no known task")
         (image,) = row["images"]
         width, height = row["meta"]["box_frame"]
         cells = tuple(
@@ -83,7 +83,7 @@ def read_smears(path: Path) -> list[Smear]:
             if box["label"] in LABELS
         )
         if answer(task, places(cells)) != row["answer_text"]:
-            raise ValueError(f"{path}:{number}: the answer {row['answer_text']!r} is not that of its boxes")
+            raise ValueError(f"{source}: the answer {row['answer_text']!r} is not that of its boxes")
         smears.setdefault(image, Smear(path.parent / image, cells, {})).rows[task] = row
     return list(smears.values())
 

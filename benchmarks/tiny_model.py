@@ -3,7 +3,6 @@
 python benchmarks/tiny_model.py questions.jsonl --output runs/tiny
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,9 +18,9 @@ SMALLEST, LARGEST = 32 * 32, 128 * 128  # pixels of an image
 @click.option("--seed", default=0, show_default=True, help="Of the weights.")
 def main(files: Sequence[str], output: str, vocabulary: int, seed: int) -> None:
     from mede2.trainer.demo.model import build_base
+    from mede2.trainer.questions.rows import read_rows
 
-    lines = (line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines())
-    texts = (text for line in lines for text in strings(json.loads(line)))
+    texts = (text for file in files for _, row in read_rows(Path(file)) for text in strings(row))
     build_base(Path(output), seed, texts=texts, vocabulary=vocabulary, pixels=(SMALLEST, LARGEST), max_positions=8192)
     click.echo(f"{output}: an untrained model")
 
