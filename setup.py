@@ -37,6 +37,7 @@ setup(
     ],
     package_data={
         "mede2.trainer.demo": ["*.yaml", "base/*"],
+        "mede2.trainer.evaluation": ["report.html.jinja", "report.css", "report.js"],
         "mede2.trainer.preference": ["rubric.yaml", "report.html.jinja"],
     },
     install_requires=[

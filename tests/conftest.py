@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytest_plugins = ["commands"]  # tests/plugins/commands.py
+
 MAX_PIXELS = 96 * 64
 MIN_PIXELS = 32 * 32
 
@@ -299,3 +301,11 @@ def families(family_folders) -> dict:
     from mede2.trainer.data.processing import load_processor
 
     return {family: load_processor(folder) for family, folder in family_folders.items()}
+
+
+@pytest.fixture(scope="session")
+def demo_cases(tmp_path_factory) -> Path:
+    """12 of the demo's cases: cases.jsonl with pictures beside it."""
+    from mede2.trainer.demo.records import write_cases
+
+    return write_cases(tmp_path_factory.mktemp("cases") / "cases.jsonl", 12, seed=3, split="stage2")

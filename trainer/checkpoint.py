@@ -1,8 +1,9 @@
-"""Checkpoints of a run: written beside, completed, renamed; the newest complete one is where a run continues."""
+"""Checkpoints of a run: written beside, completed, renamed; the newest whole one is where a run continues."""
 
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,64 +12,171 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mede2.trainer.engine import Engine
-from mede2.trainer.files import write_json
+from mede2.trainer.files import hash_file, write_json
+from mede2.trainer.world import World
 
-MARKER = "complete.json"  # written last; a folder without it is not a checkpoint
+MARKER = "complete.json"  # the manifest, written last; a folder without it is not a checkpoint
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder, the updates it holds, the identity of its run, the state of its objective."""
+    """A complete checkpoint.
+
+    Attributes:
+        path: its folder.
+        step: updates that it holds.
+        world_size: ranks that wrote it.
+        identity: of its run.
+        objective: what the objective carries.
+        files: bytes and sha256 of each file, by its name within the folder.
+    """
 
     path: Path
     step: int
     world_size: int
     identity: dict[str, Any]
     objective: dict[str, float]
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file["bytes"] for file in self.files.values())
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Raises ValueError where `path` is no complete checkpoint."""
+    """Raises ValueError where `path` is no complete checkpoint, or one of its files is missing or of another size."""
     try:
         marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        return Checkpoint(path, marker["step"], marker["world_size"], marker["identity"], marker["objective"])
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"resume: {path} is no complete checkpoint ({MARKER} is missing or damaged)") from error
+        names = ("step", "world_size", "identity", "objective", "files")
+        checkpoint = Checkpoint(path, *(marker[name] for name in names))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no complete checkpoint ({MARKER} is missing or damaged)") from error
+    for name, file in checkpoint.files.items():
+        found = (path / name).stat().st_size if (path / name).exists() else None
+        if found != file["bytes"]:
+            raise ValueError(f"{path / name} is damaged ({found or 'no'} bytes, {file['bytes']} were written)")
+    return checkpoint
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The complete checkpoint of the highest step under `folder`; half-written ones do not count."""
-    complete = [read_checkpoint(marker.parent) for marker in folder.glob(f"step-*/{MARKER}")]
-    return max(complete, key=lambda checkpoint: checkpoint.step, default=None)
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The folders of complete checkpoints under `folder`, the newest first; half-written ones do not count."""
+    complete = [marker.parent for marker in folder.glob(f"step-*/{MARKER}")]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def first_whole(folders: Sequence[Path], world: World) -> Checkpoint:
+    """The first of these checkpoints whose files are all as they were written, by their sha256; what is wrong with
+    those before it is said. All ranks call it, and share the reading.
+
+    Raises:
+        ValueError: none of them is whole.
+    """
+    damage = []
+    for folder in folders:
+        try:
+            checkpoint = world.on_main(lambda folder=folder: read_checkpoint(folder))
+            _compare(checkpoint, _hashes(checkpoint.path, world))
+        except ValueError as error:
+            damage.append(str(error))
+        else:
+            for text in damage:
+                world.say(f"warning: {text}; an older checkpoint serves")
+            return checkpoint
+    raise ValueError(f"resume: {'; '.join(damage)}; start over with --resume never")
 
 
 def save_checkpoint(
-    engine: Engine, folder: Path, step: int, identity: dict[str, Any], objective: dict[str, float]
-) -> Path:
+    engine: Engine, folder: Path, step: int, identity: dict[str, Any], objective: dict[str, float],
+    keep: int = 0, keep_every: int = 0,
+) -> Path:  # fmt: skip
     """Write the state after `step` updates: trained weights, optimizer, every rank's random number generators, and
     what the objective carries (its `state_dict`, the same on all ranks).
 
     What is frozen comes from the model folder again, whose hash is in the identity.
+
+    Args:
+        engine: of the run.
+        folder: of all checkpoints of the run.
+        step: updates done.
+        identity: of the run.
+        objective: state of the objective.
+        keep: newest checkpoints that stay; older ones are deleted when this one is whole. 0: all.
+        keep_every: checkpoints whose step is a multiple of it stay whatever `keep` says. 0: none.
+
+    Raises:
+        ValueError: the disk has too little room or refuses; the checkpoints that were there are as they were.
     """
     world, final = engine.world, folder / f"step-{step:06d}"
     partial = folder / f".{final.name}.partial"
 
     def make_room() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*.partial"):  # by a run that was killed while it wrote
+            shutil.rmtree(left)
+        _check_room(folder, least)
 
     def complete() -> None:
-        marker = {"step": step, "world_size": world.size, "identity": identity, "objective": objective}
+        files = {name: {"bytes": (partial / name).stat().st_size, "sha256": value} for name, value in hashes.items()}
+        marker = {"step": step, "world_size": world.size, "identity": identity, "objective": objective, "files": files}
         write_json(partial / MARKER, marker)
         shutil.rmtree(final, ignore_errors=True)  # of an earlier run through the same step
         os.rename(partial, final)
+        _delete_old(folder, keep, keep_every)
 
-    world.on_main(make_room)
-    engine.deepspeed.save_checkpoint(folder, tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
-    save_file(_generator_states(), partial / _generator_file(world.rank))
-    world.barrier()  # all ranks have written
-    world.on_main(complete)
+    least = engine.num_state_bytes()
+    try:
+        world.on_main(make_room)
+        engine.deepspeed.save_checkpoint(folder, tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
+        save_file(_generator_states(), partial / _generator_file(world.rank))
+        world.barrier()  # all ranks have written
+        hashes = _hashes(partial, world)
+        world.on_main(complete)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer of archives raises RuntimeError where a disk is full
+        raise ValueError(
+            f"checkpoint of update {step}: {partial} cannot be written ({error}); the earlier ones in {folder} are "
+            "whole: make room, then the same command continues from there"
+        ) from error
     return final
+
+
+def _check_room(folder: Path, least: int) -> None:
+    """Raise ValueError unless the disk takes a checkpoint as large as the last one, or as `least` bytes."""
+    folders = checkpoint_folders(folder)
+    need = sum(path.stat().st_size for path in folders[0].rglob("*")) if folders else least
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        last = f"the last one, {folders[0]}, is whole" if folders else "there is none yet"
+        raise ValueError(
+            f"checkpoint: {folder} has {free / GIB:.3g} GiB free and a checkpoint takes {need / GIB:.3g}; {last}: make "
+            "room (--set keep_checkpoints=1 keeps but the newest), then the same command continues from there"
+        )
+
+
+def _hashes(folder: Path, world: World) -> dict[str, str]:
+    """sha256 of every file but the manifest, which are on disk when this returns. Ranks share the files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    share = {}
+    for path in files[world.rank :: world.size]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        share[str(path.relative_to(folder))] = hash_file(path)
+    return {name: value for part in world.gather(share) for name, value in sorted(part.items())}
+
+
+def _compare(checkpoint: Checkpoint, hashes: dict[str, str]) -> None:
+    for name, file in checkpoint.files.items():
+        if hashes[name] != file["sha256"]:
+            raise ValueError(f"{checkpoint.path / name} is damaged (its sha256 is not the one that was written)")
+
+
+def _delete_old(folder: Path, keep: int, keep_every: int) -> None:
+    """Delete what is older than the newest `keep`; a folder loses its manifest first, so it is never half a
+    checkpoint."""
+    for path in checkpoint_folders(folder)[keep:] if keep else ():
+        if not keep_every or int(path.name.removeprefix("step-")) % keep_every:
+            (path / MARKER).unlink()
+            shutil.rmtree(path)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:

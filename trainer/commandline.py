@@ -1,9 +1,11 @@
-"""The command line of both stages: flags to settings, errors to one clear message."""
+"""The command line: flags to settings for both stages, groups of commands, errors as one clear message."""
 
+import importlib
 import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 
 import click
 
@@ -98,6 +100,38 @@ def _number_or_text(name: str, text: str) -> int | float | str:
             except ValueError:
                 continue
     return text
+
+
+class Commands(click.Group):
+    """Commands, each imported when it is named; what a user can mend becomes one line.
+
+    Args:
+        name: of the group.
+        help: for all of them.
+        modules: by command: where its click command is, under the name `command`.
+        extra: of setup.py, with all that the commands import beyond what is always installed.
+    """
+
+    def __init__(self, name: str, help: str, modules: Mapping[str, str], extra: str):
+        launchers = click.Option(["--local_rank", "--local-rank"], type=int, hidden=True, expose_value=False)
+        super().__init__(name, help=help, params=[launchers])
+        self.modules, self.extra = modules, extra
+
+    def list_commands(self, _) -> list[str]:
+        return list(self.modules)
+
+    def get_command(self, _, name: str) -> click.Command | None:
+        return importlib.import_module(self.modules[name]).command if name in self.modules else None
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except ValueError as error:
+            fail(str(error))
+        except ModuleNotFoundError as error:
+            if str(error.name).startswith("mede2"):
+                raise
+            fail(f"{error.name} is not installed; pip install 'mede2[{self.extra}]' installs all that these steps need")
 
 
 def fail(message: str) -> None:

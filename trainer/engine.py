@@ -265,6 +265,11 @@ class Engine:
         logps = self(micro_batch)
         return sum_by_sequence(logps, micro_batch.sequence, len(micro_batch.weights))
 
+    def num_state_bytes(self) -> int:
+        """The least that the state of all ranks takes on disk: the fp32 masters of what trains."""
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        return 4 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the main learning rate; the parts that have their own keep their ratio to it."""
         for group in self.deepspeed.optimizer.param_groups:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from mede2.kernels.logps import choose_implementation
-from mede2.trainer.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from mede2.trainer.checkpoint import Checkpoint, checkpoint_folders, first_whole
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.collate import Collator
 from mede2.trainer.data.dataset import DataSet, load_dataset
@@ -218,28 +218,34 @@ def settings_yaml(resolved: Resolved) -> str:
 def find_checkpoint(run: Prepared) -> Checkpoint | None:
     """Where the run continues, or None where it starts; with `resume: never` an older run is moved aside.
 
-    Call it on rank 0 alone, by `World.on_main`.
-
     Raises:
-        ValueError: the output holds another run, or something that is none.
+        ValueError: the output holds another run, or something that is none; no checkpoint is whole.
     """
+    folders = run.world.on_main(lambda: _folders_to_resume(run))
+    if not folders:
+        return None
+    checkpoint = first_whole(folders, run.world)
+    _check_identity(run.identity, checkpoint.identity, str(checkpoint.path))
+    return checkpoint
+
+
+def _folders_to_resume(run: Prepared) -> list[Path]:
+    """Of the checkpoints that may serve, the best first."""
     output, resume = run.output, run.settings.resume
     is_empty = not (output.exists() and any(output.iterdir()))
     if not is_empty and not (output / "identity.json").exists():
         raise ValueError(f"output: {output} holds files of something else; name another --output")
     if resume not in ("auto", "never"):
-        checkpoint = read_checkpoint(Path(resume))
-        _check_identity(run.identity, checkpoint.identity, str(checkpoint.path))
-        return checkpoint
+        return [Path(resume)]
     if is_empty:
-        return None
+        return []
     if resume == "never":
         aside = output.with_name(f"{output.name}.until-{datetime.now():%Y%m%d-%H%M%S}")
         shutil.move(output, aside)
         run.world.say(f"the older run in {output} is now in {aside}")
-        return None
+        return []
     _check_identity(run.identity, json.loads((output / "identity.json").read_text(encoding="utf-8")), str(output))
-    return None if (output / SUMMARY).exists() else newest_checkpoint(output / "checkpoints")
+    return [] if (output / SUMMARY).exists() else checkpoint_folders(output / "checkpoints")
 
 
 def _check_identity(ours: dict, theirs: dict, where: str) -> None:

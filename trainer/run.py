@@ -58,7 +58,7 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     if run.settings.dry_run:
         world.say("dry run: nothing was trained")
         return None
-    checkpoint = world.on_main(lambda: find_checkpoint(run))
+    checkpoint = find_checkpoint(run)
     check_nvme(run.config, resumes=checkpoint is not None)
     if checkpoint is None and world.on_main((output / SUMMARY).exists):
         world.say(f"{output} holds this very run, done; --resume never runs it again")
@@ -243,7 +243,10 @@ def _train(
         if watch:
             watch.row(done, metrics, seconds)
         if done == run.num_steps or (settings.save_every and done % settings.save_every == 0):
-            save_checkpoint(engine, run.output / "checkpoints", done, run.identity, objective.state_dict())
+            save_checkpoint(
+                engine, run.output / "checkpoints", done, run.identity, objective.state_dict(),
+                settings.keep_checkpoints, settings.keep_every,
+            )  # fmt: skip
         if watch:
             watch.start_lap()
 

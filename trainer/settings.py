@@ -95,6 +95,11 @@ class Settings:
         0, "Seed of the data order and of every random number generator.", at_least=0, at_most=2**63 - 1
     )
     save_every: int = _setting(0, "Checkpoint every so many updates (0: only at the end).", at_least=0, harmless=True)
+    keep_checkpoints: int = _setting(3, "Newest checkpoints that are kept (0: all).", at_least=0, harmless=True)
+    keep_every: int = _setting(
+        0, "Checkpoints after a multiple of so many updates are kept whatever keep_checkpoints says (0: none).",
+        at_least=0, harmless=True,
+    )  # fmt: skip
     eval_every: int = _setting(0, "Evaluate every so many updates (0: only at the end).", at_least=0, harmless=True)
     resume: str = _setting(
         "auto",

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 TWO_RANKS = (
     "frozen_elicit", "loss_nan_z3", "gradient_inf_z3", "gradient_nan_z3_bf16",
-    "gradient_nan_z2", "gradient_nan_z2_bf16", "bf16", "resume", "export_tied_z3", "export_untied_z3",
+    "gradient_nan_z2", "gradient_nan_z2_bf16", "bf16", "resume", "saved", "export_tied_z3", "export_untied_z3",
     "export_tied_z2", "reference_cache", "reference_elsewhere", "unrehearsed", "rehearsed", "closed",
 )  # fmt: skip
 EXPORTS = [("tied", "z3"), ("untied", "z3"), ("tied", "z2")]
@@ -109,6 +109,28 @@ def test_a_half_written_checkpoint_does_not_count(two):
         result = results["resume"]
         assert {".step-000004.partial", "step-000003", "step-000004"} <= set(result["left"])
         assert (result["step"], result["world_size"], result["identity"]) == (3, 2, {"settings": {"seed": 0}})
+
+
+def test_the_newest_checkpoints_and_the_milestones_stay(two):
+    for results in two:
+        numbers = [[int(name.removeprefix("step-")) for name in names] for names in results["saved"]["left"]]
+        assert numbers == [[1], [2, 1], [3, 2], [4, 3], [5, 4, 3], [6, 5, 3]]
+
+
+def test_a_disk_that_refuses_leaves_the_last_checkpoint_whole(two):
+    for results in two:
+        saved = results["saved"]
+        assert "checkpoint of update 7: " in saved["refused"]
+        assert "cannot be written" in saved["refused"]
+        assert "the earlier ones in" in saved["refused"]
+        assert saved["whole"] == 6
+        assert saved["at_last"] == ["step-000003", "step-000006", "step-000007"]
+
+
+def test_a_checkpoint_that_has_no_room_is_not_begun(two):
+    for results in two:
+        assert "GiB free and a checkpoint takes" in results["saved"]["full"]
+        assert 0 < results["saved"]["least"] < results["saved"]["num_bytes"]
 
 
 def test_a_checkpoint_of_another_number_of_ranks_is_refused(one):

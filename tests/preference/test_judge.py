@@ -34,6 +34,9 @@ def good(body, score=None):
     return json.dumps(reply)
 
 
+MADE = {"finish": "stop", "num_tokens": 9, "model": "m"}
+
+
 @pytest.fixture
 def samples(tmp_path, demo_cases, write_rows):
     """Three answers to each of the 12 cases, the third the same text as the first."""
@@ -44,8 +47,7 @@ def samples(tmp_path, demo_cases, write_rows):
             f"<think>A nodule in the left upper zone, so {case.options[0]}.</think> <answer>{case.options[0]}</answer>",
         )
         rows += [
-            {"case": case.id, "sample": i, "text": texts[i % 2], "key": f"{case.id} {i % 2}", "finish": "stop"}
-            for i in range(3)
+            {"case": case.id, "sample": i, "text": texts[i % 2], "key": f"{case.id} {i % 2}"} | MADE for i in range(3)
         ]
     return write_rows(tmp_path / "samples.jsonl", rows)
 
@@ -394,19 +396,19 @@ def test_what_a_user_gets_wrong_is_named(judge, arguments, words):
     ],
 )
 def test_a_bad_row_of_samples_is_named(demo_cases, write_rows, tmp_path, row, words):
-    from mede2.trainer.preference.judge import read_answers
+    from mede2.trainer.preference.scored import read_samples
 
-    path = write_rows(tmp_path / "rows.jsonl", [row])
+    path = write_rows(tmp_path / "rows.jsonl", [row | MADE])
     with pytest.raises(ValueError, match=re.escape(words)):
-        read_answers(path, {case.id: case for case in read_cases(demo_cases)})
+        read_samples(path, {case.id: case for case in read_cases(demo_cases)})
 
 
 def test_an_answer_twice_is_named(demo_cases, samples):
-    from mede2.trainer.preference.judge import read_answers
+    from mede2.trainer.preference.scored import read_samples
 
     samples.write_text(samples.read_text() + samples.read_text().splitlines()[4] + "\n")
-    with pytest.raises(ValueError, match=r"samples.jsonl:37: sample: number 1 of case .* again"):
-        read_answers(samples, {case.id: case for case in read_cases(demo_cases)})
+    with pytest.raises(ValueError, match=r"samples.jsonl:37: sample 1 of case .* again, after .*samples.jsonl:5"):
+        read_samples(samples, {case.id: case for case in read_cases(demo_cases)})
 
 
 def test_the_shipped_rubric_is_whole():

@@ -11,10 +11,11 @@ from rich.console import Console
 from mede2.trainer.data.records import BadRow
 from mede2.trainer.demo.cases import CRITERIA, chain, corrupt, make_case
 from mede2.trainer.preference.judgements import Judgement, Score
-from mede2.trainer.preference.page import page, print_report
+from mede2.trainer.preference.page import page, sections
 from mede2.trainer.preference.report import examples, make_report, order_bias, read_labels, read_pairs
 from mede2.trainer.preference.scored import Inputs, Sample
 from mede2.trainer.questions.cases import Case, read_cases
+from mede2.trainer.tables import print_sections
 
 SCRIPT = "<script>alert(1)</script>"
 QUOTED = "\"><img src=http://evil.example/x onerror='alert(1)'>"
@@ -197,7 +198,7 @@ def test_the_page_runs_nothing_and_fetches_nothing(inputs, pairs_file):
     assert {name for _, name, _ in parsed.attributes} <= allowed
     sources = [value for _, name, value in parsed.attributes if name == "src"]
     assert len(sources) == 2
-    assert all(value.startswith("data:image/png;base64,") for value in sources)
+    assert all(value.startswith("data:image/jpeg;base64,") for value in sources)
     assert "url(" not in html
     assert "@import" not in html
     policy = next(value for _, name, value in parsed.attributes if name == "content" and "default-src" in value)
@@ -227,7 +228,7 @@ def test_examples_are_drawn_by_the_seed(pairs_file):
 def test_the_terminal_shows_the_same_tables(inputs, pairs_file, capsys):
     report = full_report(inputs, pairs_file)
     console = Console(width=200, record=True)
-    print_report(report, console)
+    print_sections(sections(report), console)
     shown = console.export_text()
     headings = [
         text for text in Page(page(report)).texts if text.startswith(("Steps", "Scores by", "Pairs by", "Length"))

@@ -303,7 +303,7 @@ def test_rows_of_unknown_answers_are_refused(pairs, demo_cases, judged_files, tm
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     for bad, message in (
         ([*rows, rows[0]], "again, after"),
-        ([rows[0] | {"case": "nobody"}], "case 'nobody' is not in"),
+        ([rows[0] | {"case": "nobody"}], ":1: case: 'nobody' is not among the cases"),
         (rows[1:], "is not in"),
         ([rows[0] | {"num_tokens": "many"}], "num_tokens: a whole number, not 'many'"),
     ):

@@ -656,7 +656,8 @@ def test_resume_of_another_run(prepared, tmp_path, model_folder, write_rows, whe
     changes = {name: str(others[name]) if value == "other" else value for name, value in changes.items()}
     checkpoint = tmp_path / "out" / "checkpoints" / "step-000002"
     checkpoint.mkdir(parents=True)
-    write_json(checkpoint / "complete.json", {"step": 2, "world_size": 1, "identity": run.identity, "objective": {}})
+    marker = {"step": 2, "world_size": 1, "identity": run.identity, "objective": {}, "files": {}}
+    write_json(checkpoint / "complete.json", marker)
     write_json(tmp_path / "out" / "identity.json", run.identity)
     assert find_checkpoint(prepared()).step == 2
     if where == "checkpoint":

@@ -1,7 +1,6 @@
 """The embedded case set: cases are unambiguous, corruptions spoil what they say, and verdicts see it."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from mede2.trainer.demo.cases import (
 )
 from mede2.trainer.demo.phantoms import HEIGHT, WIDTH, Finding
 from mede2.trainer.demo.records import text_question, write_pretraining, write_stage2
-from mede2.trainer.demo.score import Rate, judge
+from mede2.trainer.demo.score import judge
 
 CASES = [make_case(case_seed("stage2", 0, index)) for index in range(200)]
 NODULE, MASS = Finding("nodule", "left", "upper"), Finding("mass", "right", "lower")
@@ -140,14 +139,3 @@ def test_pairs_cover_every_criterion(tmp_path):
 )
 def test_what_is_no_chain_is_not_read(text):
     assert read_chain(text) is None
-
-
-@pytest.mark.parametrize(
-    ("hits", "num", "low", "high"),
-    [(0, 400, 0.0, 0.00951), (200, 400, 0.45124, 0.54876), (9, 10, 0.59585, 0.98212), (400, 400, 0.99049, 1.0)],
-)
-def test_wilson_intervals(hits, num, low, high):
-    """By hand from Wilson's formula with z = 1.959964."""
-    assert Rate(hits, num).interval == pytest.approx((low, high), abs=2e-5)
-    centre = (hits / num + 1.959964**2 / (2 * num)) / (1 + 1.959964**2 / num)
-    assert math.isclose(sum(Rate(hits, num).interval) / 2, centre, abs_tol=1e-9)

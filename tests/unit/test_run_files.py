@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mede2.trainer.checkpoint import MARKER, newest_checkpoint, read_checkpoint
-from mede2.trainer.files import hash_weights, write_json, write_text
+from mede2.trainer.checkpoint import MARKER, checkpoint_folders, first_whole, read_checkpoint
+from mede2.trainer.files import hash_file, hash_weights, write_json, write_text
 from mede2.trainer.metrics import Metrics, read_metrics
 
 
@@ -15,42 +15,71 @@ def write_checkpoint(tmp_path):
 
     def write(name: str, step: int | None = None):
         folder = tmp_path / name
-        folder.mkdir(parents=True)
+        (folder / "of ranks").mkdir(parents=True)
         (folder / "weights.pt").write_bytes(b"...")
+        (folder / "of ranks" / "0.pt").write_bytes(b"0123456789")
         if step is not None:
+            hashes = {name: hash_file(folder / name) for name in ("weights.pt", "of ranks/0.pt")}
+            files = {name: {"bytes": (folder / name).stat().st_size, "sha256": hashes[name]} for name in hashes}
             marker = {"step": step, "world_size": 2, "identity": {"stage": 1}, "objective": {"total": 1 / 3}}
-            write_json(folder / MARKER, marker)
+            write_json(folder / MARKER, marker | {"files": files})
         return folder
 
     return write
 
 
-def test_the_newest_complete_checkpoint_counts(tmp_path, write_checkpoint):
-    write_checkpoint("step-000009", 9)
+def test_the_newest_complete_checkpoint_counts(tmp_path, write_checkpoint, world):
+    older = write_checkpoint("step-000009", 9)
     newest = write_checkpoint("step-000010", 10)
     write_checkpoint("step-000011")  # killed before its marker
     write_checkpoint(".step-000012.partial", 12)  # killed before it was renamed
-    found = newest_checkpoint(tmp_path)
+    assert checkpoint_folders(tmp_path) == [newest, older]
+    found = first_whole(checkpoint_folders(tmp_path), world)
     assert (found.path, found.step, found.world_size, found.identity) == (newest, 10, 2, {"stage": 1})
     assert found.objective == {"total": 1 / 3}
+    assert found.num_bytes == 13
 
 
 def test_steps_are_compared_as_numbers(tmp_path, write_checkpoint):
     write_checkpoint("step-999999", 999_999)
     newest = write_checkpoint("step-1000000", 1_000_000)
-    assert newest_checkpoint(tmp_path).path == newest
+    assert checkpoint_folders(tmp_path)[0] == newest
 
 
 def test_no_complete_checkpoint_is_none(tmp_path, write_checkpoint):
-    assert newest_checkpoint(tmp_path / "none") is None
+    assert checkpoint_folders(tmp_path / "none") == []
     write_checkpoint("step-000001")
-    assert newest_checkpoint(tmp_path) is None
+    assert checkpoint_folders(tmp_path) == []
 
 
 def test_reading_a_half_written_checkpoint_is_refused(write_checkpoint):
     folder = write_checkpoint("step-000001")
     with pytest.raises(ValueError, match=r"step-000001 is no complete checkpoint \(complete.json is missing"):
         read_checkpoint(folder)
+
+
+DAMAGE = {
+    "a flipped bit": (
+        lambda folder: (folder / "of ranks" / "0.pt").write_bytes(b"0123456788"),
+        "0.pt is damaged (its sha",
+    ),
+    "a cut file": (lambda folder: (folder / "weights.pt").write_bytes(b".."), "weights.pt is damaged (2 bytes, 3 were"),
+    "a lost file": (lambda folder: (folder / "weights.pt").unlink(), "weights.pt is damaged (no bytes, 3 were"),
+    "a cut manifest": (lambda folder: (folder / MARKER).write_text('{"step": 2'), "is no complete checkpoint"),
+    "another manifest": (lambda folder: (folder / MARKER).write_text("[]"), "is no complete checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("do", "told"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_an_older_one_serves(write_checkpoint, world, capsys, do, told):
+    older, damaged = write_checkpoint("step-000001", 1), write_checkpoint("step-000002", 2)
+    do(damaged)
+    assert first_whole([damaged, older], world).path == older
+    said = capsys.readouterr().out
+    assert said.startswith(f"warning: {damaged}")
+    assert told in said
+    with pytest.raises(ValueError, match=r"^resume: .*step-000002.*; start over with --resume never$"):
+        first_whole([damaged], world)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class ServerModel:
     ):  # fmt: skip
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
-                "--base-url: one process asks the server, --concurrency questions at a time; start no ranks"
+                f"{base_url}: one process asks a server, --concurrency questions at a time; start no ranks"
             )
         self.model, self.base_url, self.concurrency = model, base_url, concurrency
         self.allow_remote_images = allow_remote_images

@@ -69,6 +69,25 @@ def read_records(files: tuple[str, ...], stage: int) -> Iterator[Record | BadRow
                     yield problem
 
 
+def detect_stage(file: str) -> int:
+    """The stage that a file's rows are for, by the first row that has the keys of one.
+
+    Raises:
+        ValueError: there is none, or the file cannot be read.
+    """
+    for line_number, line in enumerate(_lines(file), start=1):
+        if line.strip():
+            try:
+                row = parse_row(f"{file}:{line_number}", line)
+            except BadRow:
+                continue
+            for stage, keys in KEYS.items():
+                if keys <= row.keys():
+                    return stage
+    wanted = " or ".join(", ".join(sorted(keys)) for keys in KEYS.values())
+    raise ValueError(f"{file}: no row of Stage I or II in it, with {wanted}")
+
+
 def _lines(file: str) -> Iterator[str]:
     """The lines of a text file, streamed by `datasets` (which also reads compressed files and keeps no copy)."""
     from datasets import load_dataset
@@ -270,3 +289,8 @@ def _is_visible(text: str) -> bool:
 def text_of(messages: Iterable[Message]) -> str:
     """The text of messages, however it is cut into parts."""
     return "".join(part.get("text", "") for message in messages for part in message["content"])
+
+
+def message_text(message: Message) -> str:
+    """The text of one message, [image] where an image stands."""
+    return "".join("[image] " if part["type"] == "image" else part["text"] for part in message["content"])

@@ -1,6 +1,5 @@
 """Four rates of a model on unseen cases: answers right, well-formed, grounded, sound."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,32 +12,9 @@ from mede2.trainer.answering.answers import parse_answer
 from mede2.trainer.answering.generation import Generator
 from mede2.trainer.demo.cases import Case, read_chain, render
 from mede2.trainer.demo.records import image_question
+from mede2.trainer.evaluation.statistics import Rate
 
 MAX_NEW_TOKENS = 80  # the longest chain has about 60
-Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
-
-
-@dataclass(frozen=True)
-class Rate:
-    """So many hits out of so many cases."""
-
-    hits: int
-    num: int
-
-    @property
-    def value(self) -> float:
-        return self.hits / self.num
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson score interval (Wilson 1927), within 0..1."""
-        centre = (self.hits + Z95**2 / 2) / (self.num + Z95**2)
-        half = Z95 / (self.num + Z95**2) * math.sqrt(self.hits * (self.num - self.hits) / self.num + Z95**2 / 4)
-        return max(0.0, centre - half), min(1.0, centre + half)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 @dataclass(frozen=True)

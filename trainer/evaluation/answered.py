@@ -22,7 +22,7 @@ class Answered:
         text: of the generation.
         finish: "stop", or "length" where the limit cut it off.
         num_tokens: of the generation.
-        rung: of the ladder of `answers.extract`, by which the answer was found; None where none was.
+        rung: of the ladder of `extraction.extract`, by which the answer was found; None where none was.
         answer: what was found: the option's text, or the words of an answer to an open question; None: unparsed.
         right: whether it is the key's. Unparsed is wrong.
         recall: share of the key's words that the answer has, 0 to 1; None for questions with options.

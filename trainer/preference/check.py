@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from mede2.trainer.data.images import Window, load_image, parse_window
 from mede2.trainer.data.records import Record, text_of
 from mede2.trainer.data.remarks import Remark, compare, normalized
 from mede2.trainer.preference.duplicates import ALIKE_BITS, ALIKE_TEXT, alike_images, alike_texts, perceptual_hash
+from mede2.trainer.preference.leakage import COMMON, GRAM, LEAK_BITS, LIKELY, SHORTEST, Benchmarks, Index
+from mede2.trainer.questions.benchmarks import parse_benchmark, read_benchmark
+from mede2.trainer.questions.cases import Case
 from mede2.trainer.settings import ENHANCE, Settings
 
 KINDS = {
@@ -32,6 +36,7 @@ KINDS = {
     "id": "ids: each once",
     "licence": "meta.license: there",
     "place": "images: inside the file's folder",
+    "leak": "benchmarks: none of their questions and images",
 }
 LISTED = {"error": 20, "warning": 5}  # of a kind, on the terminal
 
@@ -62,6 +67,7 @@ class Report:
         image_files: that hold them.
         lengths: tokens of each sequence of the usable rows; none without a model.
         licenses: usable rows by licence.
+        benchmarks: what the rows were compared with; see `leakage.Index.summary`.
         problems: in the order of the rows.
     """
 
@@ -71,6 +77,7 @@ class Report:
     image_files: int = 0
     lengths: list[int] = field(default_factory=list)
     licenses: Counter = field(default_factory=Counter)
+    benchmarks: dict[str, dict[str, int]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def count(self, severity: str, kind: str | None = None) -> int:
@@ -79,7 +86,7 @@ class Report:
 
 def check(
     files: Sequence[str], stage: int, encoder: Encoder | None = None, grey_window: Window = None,
-    most_bits: int = ALIKE_BITS, least_similarity: float = ALIKE_TEXT,
+    most_bits: int = ALIKE_BITS, least_similarity: float = ALIKE_TEXT, benchmarks: Benchmarks | None = None,
 ) -> Report:  # fmt: skip
     """Check files as a stage does, by the same code, and for what a stage does not ask.
 
@@ -90,6 +97,7 @@ def check(
         grey_window: see `images.load_image`.
         most_bits: see `duplicates.alike_images`.
         least_similarity: see `duplicates.alike_texts`.
+        benchmarks: cases, by the benchmark's name, that the usable rows must not hold.
     """
 
     def decode(record: Record) -> Example:
@@ -117,6 +125,10 @@ def check(
         *_alike_images(good, grey_window, most_bits), *_origins(good),
     ]  # fmt: skip
     report.problems += [_problem("warning", remark.source, remark) for remark in remarks]
+    if benchmarks:
+        index = Index(benchmarks, grey_window)
+        report.benchmarks = index.summary
+        report.problems += _leaks(good, index)
     order = {file: number for number, file in enumerate(files)}
     report.problems.sort(key=lambda found: (order[found.file], found.line or 0))
     return report
@@ -193,12 +205,28 @@ def _alike_images(rows: Sequence[Checked], grey_window: Window, most_bits: int) 
         yield Remark(shown[images[image]][0], "image", f"{looks}: {bits} bits of 256 differ")
 
 
+def _leaks(rows: Sequence[Checked], index: Index) -> Iterator[Problem]:
+    """Rows that hold a benchmark's question or show its image."""
+    with Progress("rows compared with benchmarks", len(rows)) as progress:
+        for row in rows:
+            for leak in index.leaks(row.record):
+                text = f"{leak.benchmark}, case {leak.case!r}: {leak.detail}"
+                yield Problem(leak.file, leak.line, leak.severity, "leak", text)
+            progress.advance()
+
+
 HELP = f"""Check records before they are trained on: everything that the stages refuse (errors), by the same code, and
 what their author should know (warnings): rows, ids and images that stand twice or nearly so, answers that contradict
 each other, missing licences.
 
 Images look alike where perceptual hashes of 256 bits differ in at most {ALIKE_BITS}. Paths of images may be absolute or
 lead out of the file's folder, but that is a warning: they are read wherever the rows point.
+
+--against BENCHMARK, a file or folder behind its name: that a row shows one of its images (the same bytes, the same
+pixels, or {LEAK_BITS} bits at most of the hash different) or holds {LIKELY:.0%} or more of a question is an error; less
+is a warning, for different vignettes have phrases in common. Questions are compared by {GRAM} words in a row, without
+case and punctuation, options, and what stands in more than {COMMON} of the benchmark's questions or in over half of
+them; a shorter one, of {SHORTEST} words or more, must be there whole and, if it has images, beside one of them.
 
 Exit code: 0 without errors; 1 with errors; 2 with warnings alone, under --strict (and where the command itself is
 misspelt)."""
@@ -219,12 +247,19 @@ misspelt)."""
               help="Bits in which hashes of images that look alike may differ.")  # fmt: skip
 @click.option("--similarity", type=click.FloatRange(0, 1), default=ALIKE_TEXT, show_default=True,
               help="Of texts that are nearly the same (1: the same words in the same order).")  # fmt: skip
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="A benchmark that must not be trained on; cases=PATH: cases of your own. Repeatable.",
+)
 @click.option("--strict", is_flag=True, help="Warnings fail, too.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object, with every problem.")
 @click.pass_context
 def command(
     context: click.Context, files: tuple[str, ...], stage: int, model: str | None, max_length: int | None,
-    max_pixels: int | None, grey_window: str | None, image_bits: int, similarity: float, strict: bool, as_json: bool,
+    max_pixels: int | None, grey_window: str | None, image_bits: int, similarity: float, against: tuple[str, ...],
+    strict: bool, as_json: bool,
 ) -> None:  # fmt: skip
     window = parse_window(grey_window)
     limit = max_length or Settings.max_length
@@ -235,7 +270,9 @@ def command(
         encoder = Encoder(load_processor(locate_model(model), max_pixels), limit, window)
     elif max_length or max_pixels:
         raise ValueError(f"--{'max-length' if max_length else 'max-pixels'}: only with --model, whose tokens it limits")
-    report = check(tuple(dict.fromkeys(files)), stage, encoder, window, image_bits, similarity)
+    with tempfile.TemporaryDirectory() as folder:
+        benchmarks = _read_benchmarks(against, Path(folder))
+        report = check(tuple(dict.fromkeys(files)), stage, encoder, window, image_bits, similarity, benchmarks)
     if as_json:
         click.echo(json.dumps(_as_json(report, files, stage, model, limit if model else None), ensure_ascii=False))
     else:
@@ -244,13 +281,24 @@ def command(
     context.exit(1 if errors else 2 if warnings and strict else 0)
 
 
+def _read_benchmarks(against: Sequence[str], folder: Path) -> dict[str, list[Case]]:
+    """The cases of each benchmark; images embedded in its files go to the folder."""
+    benchmarks: dict[str, list[Case]] = {}
+    for text in against:
+        name, adapter, path = parse_benchmark(text)
+        if name in benchmarks:
+            raise ValueError(f"--against {text}: {name} again; give each benchmark a name of its own")
+        benchmarks[name] = read_benchmark(adapter, path, folder / str(len(benchmarks)))
+    return benchmarks
+
+
 def _as_json(report: Report, files: Sequence[str], stage: int, model: str | None, limit: int | None) -> dict[str, Any]:
     lengths = report.lengths
     return {
         "files": list(files), "stage": stage, "model": model, "max_length": limit,
         "rows": report.rows, "usable": report.usable, "images": report.images, "image_files": report.image_files,
         "tokens": {"sequences": len(lengths), "all": sum(lengths), "longest": max(lengths, default=0)},
-        "licenses": dict(report.licenses),
+        "licenses": dict(report.licenses), "against": report.benchmarks,
         "errors": report.count("error"), "warnings": report.count("warning"),
         "problems": [vars(found) for found in report.problems],
     }  # fmt: skip
@@ -270,6 +318,8 @@ def _print(report: Report, model: str | None, limit: int) -> None:
     for kind, title in KINDS.items():
         if kind == "length" and not model:
             title += ": not without --model"
+        if kind == "leak" and not report.benchmarks:
+            title += ": not without --against"
         counts = [report.count(severity, kind) for severity in ("error", "warning")]
         table.add_row(title, *(str(count) if count else "-" for count in counts))
     if any(told[key] > LISTED[key[0]] for key in told):
@@ -281,5 +331,8 @@ def _print(report: Report, model: str | None, limit: int) -> None:
         middle = sorted(report.lengths)[len(report.lengths) // 2]
         click.echo(f"tokens by {model}: {sum(report.lengths)} in all, median sequence {middle}, longest "
                    f"{max(report.lengths)} of {limit}")  # fmt: skip
+    for name, size in report.benchmarks.items():
+        few = f", {size['without_words']} without words of their own to look for" if size["without_words"] else ""
+        click.echo(f"against {name}: {size['cases']} cases with {size['images']} images{few}")
     click.echo("licences: " + ", ".join(f"{name} {count}" for name, count in report.licenses.most_common()))
     click.echo(f"{report.count('error')} errors, {report.count('warning')} warnings")

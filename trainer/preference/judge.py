@@ -10,13 +10,13 @@ import click
 from mede2.trainer.answering.journal import Journal
 from mede2.trainer.answering.progress import Progress
 from mede2.trainer.data.images import parse_window
-from mede2.trainer.data.records import BadRow
 from mede2.trainer.preference import rules
 from mede2.trainer.preference.combine import COMBINATIONS, combine
 from mede2.trainer.preference.judgements import Answer, Judgement
 from mede2.trainer.preference.rubric import CRITERIA, DEFAULT, Rubric, read_rubric
-from mede2.trainer.questions.cases import Case, read_cases
-from mede2.trainer.questions.rows import read_rows, write_rows
+from mede2.trainer.preference.scored import read_samples
+from mede2.trainer.questions.cases import read_cases
+from mede2.trainer.questions.rows import write_rows
 
 SERVED = re.compile(r"(?P<model>.+)@(?P<url>https?://.+)")
 HELP = """Scores for each answer on the rubric's criteria, 1 to 5, with evidence from its text.
@@ -71,7 +71,8 @@ def command(
             f"--weight: one for each of {len(judges)} judges, not all 0, and --combine, not {list(weights)}"
         )
     rubric = read_rubric(rubric_file)
-    answers = read_answers(Path(samples), {case.id: case for case in read_cases(Path(cases_file))})
+    cases = {case.id: case for case in read_cases(Path(cases_file))}
+    answers = [Answer(cases[one.case], one.sample, one.text, one.key) for one in read_samples(Path(samples), cases)]
     said: list[Judgement] = []
     with Journal(Path(output)) as journal:
         for judge in judges:
@@ -83,28 +84,6 @@ def command(
         said += together(how, said, dict(zip(judges, weights or [1.0] * len(judges), strict=True)))
     write_rows(Path(output), (judgement.row() for judgement in said))
     click.echo("\n".join([*summary(said), f"{len(said)} judgements of {len(answers)} answers in {output}"]))
-
-
-def read_answers(path: Path, cases: Mapping[str, Case]) -> list[Answer]:
-    """Every answer of samples.jsonl, with its case.
-
-    Raises:
-        BadRow: names file, line and field of a row that is none, whose case is unknown, or that is there twice.
-    """
-    answers: dict[tuple[str, int], Answer] = {}
-    for source, row in read_rows(path, ("case", "sample", "text", "key")):
-        for name, kind in (("case", str), ("sample", int), ("text", str), ("key", str)):
-            if not isinstance(row[name], kind) or isinstance(row[name], bool):
-                raise BadRow(source, f"{name}: {'a whole number' if kind is int else 'a text'}, not {row[name]!r:.60}")
-        if row["case"] not in cases:
-            raise BadRow(source, f"case: {row['case']!r:.60} is not among the cases")
-        place = row["case"], row["sample"]
-        if place in answers:
-            raise BadRow(source, f"sample: number {row['sample']} of case {row['case']!r:.60} again")
-        answers[place] = Answer(cases[row["case"]], row["sample"], row["text"], row["key"])
-    if not answers:
-        raise ValueError(f"{path}: no answer in it")
-    return list(answers.values())
 
 
 def judge_by_rules(answers: Sequence[Answer], rubric: Rubric) -> list[Judgement]:

@@ -1,29 +1,15 @@
-"""The report as one self-contained page of HTML, and as tables on a terminal: the same tables in both."""
+"""The report as one self-contained page of HTML; its tables, which a terminal shows as well."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from mede2.trainer.preference.rubric import SCORES
 from mede2.trainer.questions.rows import Row
+from mede2.trainer.tables import Section
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table with its heading; the first column names the rows, the others hold figures as text."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    note: str = ""
-    bars: tuple[float, ...] | None = None  # length of a bar behind each row's last figure, 0 to 1
 
 
 def sections(report: Row) -> Iterator[Section]:
@@ -93,19 +79,6 @@ def page(report: Row) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(report=report, sections=list(sections(report)))
-
-
-def print_report(report: Row, console: Console | None = None) -> None:
-    """Print the tables."""
-    console = console or Console()
-    for section in sections(report):
-        table = Table(title=escape(section.title), caption=escape(section.note) or None)
-        table.title_justify = table.caption_justify = "left"
-        for i, column in enumerate(section.columns):
-            table.add_column(escape(column), justify="right" if i else "left", overflow="fold")
-        for row in section.rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
 
 
 def _tally(title: str, heading: str, tally: Row) -> Section:

@@ -1,7 +1,5 @@
 """What came of the cases, in figures: counts, scores, pairs, biases, agreement, the rules' quality; pairs to read."""
 
-import base64
-import io
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +12,9 @@ import click
 import numpy as np
 
 from mede2.trainer.answering.progress import Progress
-from mede2.trainer.data.images import Window, load_image
-from mede2.trainer.data.records import BadRow, Record, read_records
+from mede2.trainer.data.images import Window
+from mede2.trainer.data.records import BadRow, Record, message_text, read_records
+from mede2.trainer.data.thumbnails import thumbnail
 from mede2.trainer.files import write_json, write_text
 from mede2.trainer.preference.agreement import Ratings, alpha, bootstrap, cohen, fleiss
 from mede2.trainer.preference.judgements import Judgement
@@ -25,7 +24,6 @@ from mede2.trainer.preference.select import left_out_file
 from mede2.trainer.questions.rows import Row, read_rows
 from mede2.trainer.settings import ENHANCE
 
-THUMBNAIL_PX = 512
 NOT_STATED = "not stated"
 
 
@@ -226,10 +224,10 @@ def _example(record: Record, redact: bool, window: Window) -> Row:
         return shown
     prompt = record.conversations[0][: record.num_prompt_messages]
     return shown | {
-        "prompt": [{"role": message["role"], "text": _text(message)} for message in prompt],
+        "prompt": [{"role": message["role"], "text": message_text(message)} for message in prompt],
         "chosen": answer_text(record, 0),
         "rejected": answer_text(record, 1),
-        "images": [_thumbnail(image, window) for image in record.images],
+        "images": [thumbnail(image, window) for image in record.images],
     }
 
 
@@ -246,23 +244,7 @@ def _stated_scores(meta: Mapping[str, Any], side: str) -> dict[str, float]:
 
 def answer_text(record: Record, side: int) -> str:
     """The chosen answer (side 0) or the rejected one (1)."""
-    return _text(record.conversations[side][-1])
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    return "".join("[image]" if part["type"] == "image" else part["text"] for part in message["content"])
-
-
-def _thumbnail(path: Path, window: Window) -> Row:
-    """A small PNG as a data URL, or why it cannot be shown."""
-    try:
-        image = load_image(path, window)
-    except ValueError as problem:
-        return {"url": None, "problem": str(problem)}
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return {"url": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}", "problem": None}
+    return message_text(record.conversations[side][-1])
 
 
 def read_pairs(path: Path) -> list[Record]:
@@ -313,7 +295,8 @@ def command(
     num_examples: int, redact: bool, rules: bool, grey_window: str | None, seed: int,
 ) -> None:  # fmt: skip
     from mede2.trainer.data.images import parse_window
-    from mede2.trainer.preference.page import page, print_report
+    from mede2.trainer.preference.page import page, sections
+    from mede2.trainer.tables import print_sections
 
     window = parse_window(grey_window)
     inputs = read_inputs(cases, samples, judgements)
@@ -329,5 +312,5 @@ def command(
     write_text(Path(output), page(report))
     if json_file:
         write_json(Path(json_file), report)
-    print_report(report)
+    print_sections(sections(report))
     click.echo(f"{output}{', ' + json_file if json_file else ''}")

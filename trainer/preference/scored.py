@@ -1,6 +1,6 @@
 """Answers with their scores: samples.jsonl read and checked, and joined with one judge's judgements."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,18 +49,27 @@ def scores(judgement: Judgement) -> dict[str, float]:
     return {criterion: given[criterion].score for criterion in given if given[criterion].score is not None}
 
 
-def read_samples(path: Path) -> list[Sample]:
+def read_samples(path: Path, cases: Container[str]) -> list[Sample]:
     """Every answer of a file.
 
+    Args:
+        path: samples.jsonl.
+        cases: ids of those that may be answered.
+
     Raises:
-        BadRow: names file, line and field of a row that is none, or an answer that is there twice.
+        BadRow: names file, line and field of a row that is none, whose case is unknown, or that is there twice.
+        ValueError: there is none.
     """
     samples: list[Sample] = []
     lines: dict[Place, str] = {}
     for source, row in read_rows(path, FIELDS):
         samples.append(parse_sample(source, row))
+        if samples[-1].case not in cases:
+            raise BadRow(source, f"case: {samples[-1].case!r:.60} is not among the cases")
         if (first := lines.setdefault(samples[-1].place, source)) != source:
             raise BadRow(source, f"sample {samples[-1].sample} of case {samples[-1].case!r} again, after {first}")
+    if not samples:
+        raise ValueError(f"{path}: no answer in it")
     return samples
 
 
@@ -119,10 +128,7 @@ def read_inputs(cases: str, samples: str, judgements: str) -> Inputs:
         ValueError: a row that cannot be used, or one of a case or of a sample that is not there.
     """
     known = {case.id: case for case in read_cases(Path(cases))}
-    answers, judged = read_samples(Path(samples)), list(read_judgements(Path(judgements)))
-    for sample in answers:
-        if sample.case not in known:
-            raise ValueError(f"{samples}: case {sample.case!r} is not in {cases}")
+    answers, judged = read_samples(Path(samples), known), list(read_judgements(Path(judgements)))
     places = {sample.place for sample in answers}
     for judgement in judged:
         if (judgement.case, judgement.sample) not in places:

@@ -1,6 +1,7 @@
 """What happens to the weights: frozen parts, failed updates, bf16, checkpoints, export, the reference cache."""
 
 import dataclasses
+import os
 import resource
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from harness import main, make_batches, make_engine, make_settings, no_hook
 
 from mede2.trainer import reference
-from mede2.trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mede2.trainer.checkpoint import checkpoint_folders, first_whole, load_checkpoint, save_checkpoint
 from mede2.trainer.data.batches import Batches, Totals
 from mede2.trainer.data.collate import MicroBatch
 from mede2.trainer.engine import Engine, NonFiniteUpdate
@@ -133,7 +134,7 @@ def resume(world: World, job: dict) -> dict:
         (folder / "step-000004").mkdir()
         (folder / "step-000004" / "generators-rank-00000.safetensors").write_bytes(b"")
     world.barrier()
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = first_whole(checkpoint_folders(folder), world)
     torch.manual_seed(7)
     engine = make_engine(world, model, settings)
     load_checkpoint(engine, checkpoint)
@@ -150,12 +151,54 @@ def resume(world: World, job: dict) -> dict:
     }  # fmt: skip
 
 
+def saved(world: World, job: dict) -> dict:
+    """What stays of six checkpoints of which two are kept, and every third; then a disk that refuses large files, and
+    one without room."""
+    folder = Path(job["checkpoints"]).with_name("saved")
+    engine = make_engine(world, job["models"]["tied"], make_settings(1))
+    left = []
+    for step in range(1, 7):
+        save_checkpoint(engine, folder, step, {}, {}, keep=2, keep_every=3)
+        left.append([path.name for path in checkpoint_folders(folder)])
+        world.barrier()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    refused = raised(lambda: save_checkpoint(engine, folder, 7, {}, {}, keep=1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    large = folder / "step-000006" / "large"  # as if the last one had been of a larger model
+    if world.is_main:
+        large.touch()
+        os.truncate(large, 2**43)
+    world.barrier()
+    full = raised(lambda: save_checkpoint(engine, folder, 7, {}, {}, keep=1))
+    world.barrier()
+    if world.is_main:
+        large.unlink()
+    world.barrier()
+    whole = first_whole(checkpoint_folders(folder), world)
+    save_checkpoint(engine, folder, 7, {}, {}, keep=1, keep_every=3)
+    least = engine.num_state_bytes()
+    engine.close()
+    return {
+        "left": left, "refused": refused, "full": full, "whole": whole.step, "num_bytes": whole.num_bytes,
+        "at_last": sorted(path.name for path in folder.iterdir() if path.is_dir()), "least": least,
+    }  # fmt: skip
+
+
+def raised(do) -> str:
+    try:
+        do()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def resume_elsewhere(world: World, job: dict) -> str:
     """The checkpoint of `resume` on another number of ranks."""
     engine = make_engine(world, job["models"]["tied"], make_settings(2, global_batch_size=4, micro_batch_size=2))
     before = weights(engine)
     try:
-        load_checkpoint(engine, newest_checkpoint(Path(job["checkpoints"])))
+        load_checkpoint(engine, first_whole(checkpoint_folders(Path(job["checkpoints"])), world))
     except ValueError as error:
         assert all(torch.equal(tensor, before[name]) for name, tensor in weights(engine).items())
         return str(error)
@@ -311,6 +354,7 @@ SCENARIOS = {
     "closed": closed,
     "bf16": bf16,
     "resume": resume,
+    "saved": saved,
     "resume_elsewhere": resume_elsewhere,
     "export_tied_z3": lambda world, job: exported(world, job, "tied", "z3"),
     "export_untied_z3": lambda world, job: exported(world, job, "untied", "z3"),

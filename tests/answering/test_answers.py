@@ -1,4 +1,4 @@
-"""Reading an answer out of generated text."""
+"""The strict format, and the option that an answer in it means."""
 
 import pytest
 
