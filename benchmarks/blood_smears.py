@@ -114,9 +114,8 @@ def transcripts(train: Sequence[Smear], num: int, folder: Path, seed: int) -> It
     for index in range(num):
         picture, cells = some_view(train, rng, weights(train))
         task = str(rng.choice(smears.tasks_of(cells)))
-        seen = {"look": f"Look: {smears.look(smears.places(cells))}.", "grid": f"Grid: {smears.grid(cells)}."}
-        asked, written = transcript(task, rng, seen)
-        content = [{"type": "image"}, {"type": "text", "text": f"{smears.question(task)} {asked}"}]
+        content = [{"type": "image"}, {"type": "text", "text": f"{smears.question(task)} Write look."}]
+        written = f"Look: {smears.look(smears.places(cells))}."
         yield {"messages": turns(content, written), "images": [save(picture(), folder / "views" / f"{index:05d}.jpg")]}
         if index % 7 == 6:
             yield next(with_words)
