@@ -27,9 +27,9 @@ LICENSE = "MIT"  # of BCCD's images, (c) 2017 shenggan
 @click.option("--development", default=0, show_default=True, help="Score on so many of the training images instead.")
 @click.option("--word-steps", default=120, show_default=True, help="Updates of the base model on words alone.")
 @click.option("--eye-steps", default=450, show_default=True, help="Updates on what visual tokens show.")
-@click.option("--num-views", default=6400, show_default=True, help="Views that the base model learns to transcribe.")
-@click.option("--num-demos", default=1600, show_default=True, help="Demonstrations of Stage I.")
-@click.option("--num-pairs", default=1600, show_default=True, help="Pairs of Stage II.")
+@click.option("--num-views", default=4000, show_default=True, help="Views that the base model learns to transcribe.")
+@click.option("--num-demos", default=960, show_default=True, help="Demonstrations of Stage I.")
+@click.option("--num-pairs", default=960, show_default=True, help="Pairs of Stage II.")
 @click.option("--seed", default=0, show_default=True, help="Of the split, the weights, the records and their order.")
 @click.option("--results", metavar="FILE.csv", help="Write the table there, too.")
 def main(
@@ -108,11 +108,11 @@ def words(train: Sequence[Smear], num: int, seed: int) -> Iterator[Row]:
 
 
 def transcripts(train: Sequence[Smear], num: int, folder: Path, seed: int) -> Iterator[Row]:
-    """Views to transcribe, one row in eight with words alone. Smears with many platelets are shown more often."""
+    """Views to transcribe, one row in eight with words alone."""
     rng = np.random.default_rng([seed, 2])
     with_words = words(train, num // 7, seed + 1)
     for index in range(num):
-        picture, cells = some_view(train, rng, weights(train))
+        picture, cells = some_view(train, rng)
         task = str(rng.choice(smears.tasks_of(cells)))
         content = [{"type": "image"}, {"type": "text", "text": f"{smears.question(task)} Write look."}]
         written = f"Look: {smears.look(smears.places(cells))}."
@@ -128,7 +128,7 @@ def fields(train: Sequence[Smear], rng: np.random.Generator, num: int) -> Batch:
 
 
 def weights(train: Sequence[Smear]) -> np.ndarray:
-    """How often the base model is shown each smear: more often with more platelets."""
+    """How often the eyes are shown each smear: more often with more platelets."""
     numbers = np.array([0.5 + sum(cell.kind == "platelet" for cell in smear.cells) for smear in train])
     return numbers / numbers.sum()
 

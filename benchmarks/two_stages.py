@@ -18,11 +18,12 @@ from mede2.trainer.demo.score import Rate
 Row = dict[str, object]
 ROOT = Path(__file__).parents[1]
 ALWAYS = ("--global-batch-size", "32", "--micro-batch-size", "32", "--max-length", "512", "--save-every", "100")
-PRETRAIN = ("--learning-rate", "3e-3", "--set", "weight_decay=0.01", "--set", "adam_beta2=0.98")
-WORDS = (*PRETRAIN, "--set", "warmup_ratio=0.13", "--set", "scheduler=constant")
+PRETRAIN = ("--set", "weight_decay=0.01", "--set", "adam_beta2=0.98")
+WORDS = (*PRETRAIN, "--learning-rate", "3e-3", "--set", "warmup_ratio=0.13", "--set", "scheduler=constant")
 PICTURES = (
-    *PRETRAIN, "--set", "warmup_ratio=0.03", "--set", "final_lr_ratio=0.02", "--set", "train_vision_tower=true",
-    "--set", "train_merger=true", "--set", "vision_tower_lr=3e-4", "--set", "merger_lr=5e-4",
+    *PRETRAIN, "--learning-rate", "2e-3", "--set", "warmup_ratio=0.05", "--set", "final_lr_ratio=0.02",
+    "--set", "train_vision_tower=true", "--set", "train_merger=true",
+    "--set", "vision_tower_lr=3e-4", "--set", "merger_lr=5e-4",
 )  # fmt: skip
 STAGE1 = ("--learning-rate", "1.2e-3", "--set", "warmup_ratio=0.1")
 STAGE2 = ("--learning-rate", "5e-4", "--set", "objective={sigmoid: 1, nll: 2}")
