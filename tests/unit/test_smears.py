@@ -69,6 +69,14 @@ def test_fields_of_the_grid_with_several_cells(smears):
     assert smears.grid([first, white]).startswith("both clear")
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "quadrant"),
+    [(0.49, 0.49, "upper-left"), (0.51, 0.49, "upper-right"), (0.49, 0.51, "lower-left"), (0.5, 0.5, "lower-right")],
+)
+def test_the_centre_decides_the_quadrant(smears, x, y, quadrant):
+    assert smears.Cell("platelet", x - 0.1, y - 0.2, x + 0.1, y + 0.2).quadrant == quadrant
+
+
 def test_chains(smears):
     look = "Look: white cell lower-left; platelet upper-left; platelet upper-right; platelet lower-right."
     assert smears.chain(COUNT, TOLD) == (
