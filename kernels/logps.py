@@ -40,8 +40,9 @@ def linear_logps(
         targets: (N,) int64, each in [0, V) or IGNORE_INDEX.
         groups: (N,) int64: rows of one number will get one and the same upstream gradient, as the tokens of an answer
             do in DPO. The torch implementation then need not compute the logits again in backward (fp32, and as long
-            as one weight gradient per group fits its budget); its backward then runs once, and raises a ValueError
-            where they differ.
+            as one weight gradient for each group, or the rows' N x V exponentials, whichever is less, fits its
+            budget). Where weight gradients are what is less, backward runs once, and raises a ValueError where the
+            upstream gradients of a group differ.
         bias: (V,), dtype and device of `weight`.
         softcap: c, for logits bounded by c * tanh(logits / c) (Gemma 2, arXiv 2408.00118).
         with_entropy: also return the entropy of each row's distribution in nats, differentiable as well.

@@ -3,7 +3,7 @@
 Legend: N token rows, H hidden size, V vocabulary, C vocabulary rows in a chunk; U = 2NVH operations.
 Accumulation: logits, softmax statistics and the hidden gradient in fp32 (fp64 for fp64 inputs).
 
-Two forms. By vocabulary chunk, the general one: 1 U forward; backward 1 U to recompute the logits, 1 U for the hidden
+Three forms. By vocabulary chunk, the general one: 1 U forward; backward 1 U to recompute the logits, 1 U for the hidden
 gradient, 1 U for the weight gradient (a frozen side skips its own). Every row of the weight and bias gradients is
 summed in one product over all N and rounded once. Saved for backward: hidden (N, H), the weight and bias themselves,
 targets (N,), the log-sum-exp (N,). Each pass reads the weight once and hidden once a chunk; the extra memory is
@@ -11,7 +11,10 @@ CHUNK_BYTES plus O(N H).
 
 By row block, for rows in groups of one upstream gradient each, fp32 or wider: 3 U, all in the forward, which keeps the
 gradients unscaled, the weight's once for each group; backward scales them in place, and so runs once. Saved for
-backward: those.
+backward: those, V H each.
+
+By vocabulary chunk with the exponentials kept (N V fp32 or wider), where that is less than the groups' weight
+gradients, as with short answers: 1 U forward, 2 U backward.
 
 Under ZeRO-3 the gathered weight is freed after the forward and gathered anew for the backward; only the Parameter
 follows that, a `.t()` or `.detach()` of it would be left without storage.
@@ -34,6 +37,7 @@ CHUNK_BYTES = 32 * 2**20
 MIN_CHUNK = 512
 MIN_ROWS = 64
 GROUPED_BYTES = 256 * 2**20  # what the weight gradients of all groups may take
+KEPT_CHUNK_BYTES = 8 * 2**20  # of exponentials: on a CPU a fifth faster than 32 MiB, as they stay in its cache
 
 
 def torch_logps(
@@ -62,7 +66,10 @@ def torch_logps(
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     if groups is not None and trains and not with_entropy and hidden.dtype.itemsize >= 4 and len(targets):
         members = _members(groups)
-        if len(members) * weight.shape[0] * (weight.shape[1] + 1) * weight.dtype.itemsize <= GROUPED_BYTES:
+        grouped_rows = len(members) * (weight.shape[1] + 1)  # of V values, in the weight and bias gradients
+        if min(grouped_rows, len(targets)) * weight.shape[0] * weight.dtype.itemsize <= GROUPED_BYTES:
+            if len(targets) < grouped_rows and softcap is None:
+                return _KeptLogps.apply(hidden, weight, targets, bias), None
             return _GroupedLogps.apply(hidden, weight, targets, bias, members, softcap), None
     return _ChunkedLogps.apply(hidden, weight, targets, bias, softcap, with_entropy)
 
@@ -120,9 +127,7 @@ def _chunks(
             logits += bias[rows]
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
-        columns = (targets - start)[:, None]
-        has_target = (columns >= 0) & (columns < width)
-        yield _Chunk(rows, weight_rows, product, logits, columns.clamp(0, width - 1), has_target)
+        yield _Chunk(rows, weight_rows, product, logits, *_target_columns(targets, rows))
 
 
 class _ChunkedLogps(torch.autograd.Function):
@@ -188,6 +193,64 @@ class _ChunkedLogps(torch.autograd.Function):
                 if needs_hidden:
                     grad_hidden += torch.mm(grad_product, chunk.weight)
         return grad_hidden.to(hidden.dtype) if needs_hidden else None, grad_weight, None, grad_bias, None, None
+
+
+class _KeptLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias) -> Tensor:
+        maximum = hidden.new_full((hidden.shape[0], 1), torch.finfo(hidden.dtype).min)
+        total, target_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        kept, maxima = [], []
+        for rows in _kept_chunks(hidden, weight):
+            logits = torch.mm(hidden, weight[rows].t())
+            if bias is not None:
+                logits += bias[rows]
+            columns, has_target = _target_columns(targets, rows)
+            target_logit = torch.where(has_target, logits.gather(1, columns), target_logit)
+            new_maximum = torch.maximum(maximum, logits.amax(1, keepdim=True))
+            kept.append(logits.sub_(new_maximum).exp_())
+            maxima.append(new_maximum)
+            total = total * (maximum - new_maximum).exp() + kept[-1].sum(1, keepdim=True)
+            maximum = new_maximum
+        logsumexp = maximum + total.log()
+        ctx.save_for_backward(hidden, weight, targets, bias, logsumexp, torch.cat(maxima, 1), *kept)
+        return (target_logit - logsumexp).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps: Tensor):
+        hidden, weight, targets, bias, logsumexp, maxima, *kept = ctx.saved_tensors
+        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad
+        upstream = grad_logps[:, None]
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        grad_bias = torch.empty_like(bias) if needs_bias else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for number, (rows, exponentials) in enumerate(zip(_kept_chunks(hidden, weight), kept, strict=True)):
+                # d logps / d logits = onehot(target) - softmax, times the gradient that came in
+                grad_logits = exponentials * ((maxima[:, number, None] - logsumexp).exp() * -upstream)
+                columns, has_target = _target_columns(targets, rows)
+                grad_logits.scatter_add_(1, columns, upstream * has_target)
+                if needs_bias:
+                    grad_bias[rows] = grad_logits.sum(0)
+                if needs_weight:
+                    torch.mm(grad_logits.t(), hidden, out=grad_weight[rows])
+                if needs_hidden:
+                    grad_hidden += torch.mm(grad_logits, weight[rows])
+        return grad_hidden, grad_weight, None, grad_bias
+
+
+def _kept_chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Which vocabulary rows a kept chunk holds."""
+    size = max(MIN_CHUNK, KEPT_CHUNK_BYTES // (hidden.shape[0] * hidden.dtype.itemsize))
+    return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+
+
+def _target_columns(targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """(N, 1): each target's column among the vocabulary rows of a chunk, clamped, and whether it is in it."""
+    columns = (targets - rows.start)[:, None]
+    width = rows.stop - rows.start
+    return columns.clamp(0, width - 1), (columns >= 0) & (columns < width)
 
 
 def _members(groups: Tensor) -> tuple[Tensor, ...]:

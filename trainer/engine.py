@@ -1,6 +1,7 @@
 """The DeepSpeed engine around a policy: its configuration, the update, and its weights. Imports deepspeed."""
 
 import copy
+import ctypes
 import gc
 import json
 import os
@@ -250,6 +251,9 @@ class Engine:
                 config = config | {"zero_optimization": {"stage": 0}}
         self.world, self.dtype = world, dtype
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
+        if optimizer is not None and self.deepspeed.zero_optimization_stage() == 3:
+            _share_masters(self.deepspeed.optimizer)
+        return_free_memory()  # the weights as they were read, and copies on their way to partitions
         self.policy = policy
         self.deepspeed.train(optimizer is not None)  # transformers hands models over in evaluation mode
 
@@ -354,3 +358,21 @@ class Engine:
                     tensor.data = tensor.data.new_empty(0)
         self.deepspeed = self.policy = self.optimizer = None
         gc.collect()
+        return_free_memory()
+
+
+def _share_masters(zero) -> None:
+    """Let fp32 weights be their own masters, as DeepSpeed 0.19 means to: it compares a `torch.device` with a name,
+    finds them unlike, and copies. Where weights are of 16 bits, or masters elsewhere, nothing changes."""
+    for weights, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+        if weights is not None and (weights.dtype, weights.device, weights.shape) == (
+            master.dtype, master.device, master.shape,
+        ):  # fmt: skip
+            master.data = weights.data
+
+
+def return_free_memory() -> None:
+    """Hand what is freed but kept by the C library's allocator back to the system: after a model, hundreds of MiB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # malloc_trim(3); other C libraries than glibc have none
+    if trim:
+        trim(0)

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from mede2.kernels.logps import linear_logps
 from mede2.trainer.activations import Offload
 from mede2.trainer.adapters import add_adapter, is_adapter, targets
-from mede2.trainer.attention import branch_mask
+from mede2.trainer.attention import BRANCHED, branch_mask, spans_of
 from mede2.trainer.settings import Settings
 
 PARTS = ("language_model", "vision_tower", "merger")
@@ -58,6 +58,9 @@ class Policy(nn.Module):
             )  # fmt: skip
 
         head.forward = types.MethodType(head_forward, head)
+        text_config = model.config.get_text_config()
+        if text_config._attn_implementation == "sdpa" and not has_sliding_layers(text_config):
+            text_config._attn_implementation = BRANCHED  # of the language model only
 
     def forward(
         self, inputs: Mapping[str, Tensor], branches: Tensor | None, rows: Tensor, targets: Tensor, sequence: Tensor
@@ -80,15 +83,18 @@ class Policy(nn.Module):
 
         Args:
             inputs: of the model: input_ids (R, T), position_ids and the images' tensors.
-            branches: (2, R, T) int64, piece and branch of each token, or None where every row is one conversation.
-                Flash attention takes no mask: it tells the conversations of a packed row apart by their positions,
-                and prompts are not shared under it.
+            branches: (2, R, T) int64 on the CPU, piece and branch of each token, or None where every row is one
+                conversation. Flash attention takes no mask: it tells the conversations of a packed row apart by their
+                positions, and prompts are not shared under it.
             rows: (N,) int64, positions in the flattened (R * T) hidden states.
         """
-        mask = None
-        if branches is not None and self.model.config._attn_implementation != "flash_attention_2":
-            mask = branch_mask(*branches, dtype=self.model.dtype)
-        hidden = self.model.model(**inputs, attention_mask=mask, use_cache=False).last_hidden_state  # (R, T, H)
+        attention = self.model.config.get_text_config()._attn_implementation
+        device, mask, options = inputs["input_ids"].device, None, {}
+        if branches is not None and attention == BRANCHED:
+            options = {"spans": spans_of(*branches, self.model.dtype, device)}
+        elif branches is not None and attention != "flash_attention_2":
+            mask = branch_mask(*branches.to(device), dtype=self.model.dtype)
+        hidden = self.model.model(**inputs, attention_mask=mask, use_cache=False, **options).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, rows)
 
 
@@ -193,6 +199,11 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=[rf"(?:.*\.)?(?:{kept})"],
     )  # fmt: skip
+
+
+def has_sliding_layers(text_config: transformers.PreTrainedConfig) -> bool:
+    """Whether a language model has layers that see a window only, which a mask of ours would undo."""
+    return "sliding_attention" in (getattr(text_config, "layer_types", None) or ())
 
 
 def _zero_stage(deepspeed_config: dict) -> int:

@@ -24,7 +24,7 @@ from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
-from mede2.trainer.policy import check_adapter, largest_parameter
+from mede2.trainer.policy import check_adapter, has_sliding_layers, largest_parameter
 from mede2.trainer.resolution import Resolved
 from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Settings
 from mede2.trainer.world import World
@@ -160,7 +160,7 @@ def _check_attention(settings: Settings, stage: int, text_config) -> None:
             "attention: flash_attention_2 takes no mask of answers that share a prompt; use sdpa, or add "
             "--set shared_prefix=false"
         )
-    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
+    if has_sliding_layers(text_config):
         raise ValueError(
             "shared_prefix: this model has layers of sliding attention, which its mask would undo; add "
             "--set shared_prefix=false"

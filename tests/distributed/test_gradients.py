@@ -140,6 +140,13 @@ def test_clipping_scales_by_the_global_norm(runs):
     assert distance(clipped["gradients"], scaled) < 1e-4
 
 
+def test_only_16_bit_weights_have_masters_beside_them(runs):
+    """DeepSpeed copies fp32 weights too; the engine undoes that."""
+    results = runs[2][0]
+    assert set(results["enhance"]["own_masters"]) == {True}
+    assert set(results["enhance_bf16"]["own_masters"]) == {False}
+
+
 @pytest.mark.parametrize("case", ["enhance_bf16", "enhance_triton_bf16"])
 def test_bf16_gradients_are_near_those_of_fp32(runs, truth, case):
     for results in runs[2]:

@@ -1,4 +1,4 @@
-"""Fixtures of the report's tests: invented evaluations of invented models, as large as a page is to show."""
+"""The real command, questions whose right answer depends on what their image shows, and invented evaluations."""
 
 from functools import partial
 from pathlib import Path
@@ -44,10 +44,10 @@ def answered():
 
 
 @pytest.fixture(scope="session")
-def benchmarks(tmp_path_factory, user_case, demo_cases) -> dict[str, dict[str, Case]]:
+def benchmarks(tmp_path_factory, user_case, phantom_cases) -> dict[str, dict[str, Case]]:
     """Phantoms with options; open and closed questions, two about each of some pictures; vignettes without images."""
     phantoms = {}
-    for i, case in enumerate(read_cases(demo_cases)):
+    for i, case in enumerate(read_cases(phantom_cases)):
         case.meta.update(specialty=SPECIALTIES[i % 2], task=("reasoning", "understanding")[i % 2])
         phantoms[case.id] = case
     pictures = [case.images for case in phantoms.values()]
@@ -119,7 +119,7 @@ def _draw(model: str, benchmark: str, case: Case, rng, right: bool, *, probe=AS_
 
 
 @pytest.fixture(scope="session")
-def demo_cases(tmp_path_factory) -> Path:
+def phantom_cases(tmp_path_factory) -> Path:
     """40 of the demo's cases: cases.jsonl with pictures beside it."""
     from mede2.trainer.demo.records import write_cases
 

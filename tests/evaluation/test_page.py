@@ -17,12 +17,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from mede2.trainer.evaluation.answered import AS_IT_IS, Evaluation
-from mede2.trainer.evaluation.page import print_summary, write_report
-from mede2.trainer.evaluation.shown import choose, collect
-from mede2.trainer.evaluation.summary import summarize
+from mede2.trainer.evaluation.page import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -299,8 +296,8 @@ def server():
 def test_hostile_texts_stay_text_and_nothing_is_asked_for(browse, server, user_case, answered, tmp_path, write_image):
     address, asked = server
     evil = (
-        f"</script><script>document.title='taken'</script><img src={address}/x onerror=\"document.title='taken'\">"
-        "<!--<script>--><style>body{display:none}</style>{{ 7 * 7 }} [0.1, 0.2] 'quoted' \"twice\" &lt;b&gt; "
+        f"</script /><script>document.title='taken'</script><img src={address}/x onerror=\"document.title='taken'\">"
+        "<!--<script >--><style>body{display:none}</style>{{ 7 * 7 }} [0.1, 0.2] 'quoted' \"twice\" &lt;b&gt; "
         "\u2028 \u202e"
     )
     unprinted = "\x00\x07\x1b[31m\ud800"
@@ -333,7 +330,7 @@ def test_hostile_texts_stay_text_and_nothing_is_asked_for(browse, server, user_c
     assert seen.tags.count("title") == 1 + seen.tags.count("desc")  # the page's, and one for each chart of curves
     articles = dom[dom.index("<article") : dom.rindex("</article>")]
     assert seen.tags.count("img") == 1
-    assert "<title>Evaluation: base &lt;/script&gt;" in dom
+    assert "<title>Evaluation: base &lt;/script /&gt;" in dom
     assert "does not decode" in articles
     assert "␀␇␛[31m\ufffd" in articles
     assert "{{ 7 * 7 }}" in articles
@@ -353,71 +350,3 @@ def test_it_follows_the_readers_colours(browse, report, tmp_path):
         assert shown.size == (1200, 900)
         assert shown.getpixel((2, 2)) == (20, 23, 27)
         assert len(shown.getcolors(maxcolors=1_000_000)) > 50
-
-
-def test_a_redacted_report_holds_no_text_and_no_image(example, tmp_path):
-    evaluation = example(2)
-    leak = {"benchmark": "vignettes", "case": "v1", "training_file": "t.jsonl", "line": 4, "kind": "text"}
-    write_report(evaluation, tmp_path, [leak | {"detail": "fever and a cough for 2 days"}], redact=True)
-    for name in ("report.html", "report.json"):
-        text = (tmp_path / name).read_text(encoding="utf-8")
-        for word in ("data:image/", "Which diagnosis", "the shadow is dense", "embolism", "left upper", "fever"):
-            assert word not in text, (name, word)
-        assert "t.jsonl" in text
-    html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in html
-    assert "Left out, as was asked" in html
-
-
-def test_errors_are_shown_before_the_others_and_what_is_left_out_is_said(example, tmp_path):
-    evaluation = example(1, samples=0)
-    wrong = set(ids(evaluation, lambda b, answers: not answers["base", AS_IT_IS].right))
-    places, counts = choose(evaluation, 20)
-    assert len(places) == 20
-    assert set(places) <= wrong
-    assert {name: row["shown"] for name, row in counts.items()} == {"phantoms": 7, "slides": 7, "vignettes": 6}
-    assert choose(evaluation, 20) == choose(evaluation, 20)
-    assert choose(evaluation, 20, seed=1)[0] != places
-    most, counts = choose(evaluation, len(wrong) + 5)
-    assert wrong <= set(most) or any(row["errors_shown"] < row["with_errors"] for row in counts.values())
-    assert choose(evaluation, 1000)[0] == ids(evaluation, lambda b, answers: True)
-    assert choose(evaluation, 0)[0] == []
-    write_report(evaluation, tmp_path, num_shown=20)
-    html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    row = counts["phantoms"]
-    assert f"7 of 40 questions of phantoms (7 of the {row['with_errors']} that some model gets wrong)" in html
-    write_report(evaluation, tmp_path, num_shown=0)
-    assert "None are held by this page." in (tmp_path / "report.html").read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="num_shown: 0 questions or more, not -1"):
-        write_report(evaluation, tmp_path, num_shown=-1)
-
-
-def test_an_image_is_held_once(example):
-    shown = collect(example(1, samples=0), 130)
-    assert len(shown["images"]) == 40
-    used = [place for question in shown["questions"] for place in question["images"]]
-    assert len(used) == 70
-    assert set(used) == set(range(40))
-
-
-def test_the_files_hold_the_same_figures_and_are_written_whole_or_not(example, tmp_path):
-    evaluation = example(2, images=False)
-    summary = write_report(evaluation, tmp_path, seed=3)
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == summary
-    assert {name: summary[name] for name in summary if name != "redacted"} == summarize(evaluation, seed=3)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="no greedy answer"):
-        write_report(dataclasses.replace(evaluation, answers=evaluation.answers[1:]), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_the_terminal_shows_the_tables(example):
-    summary = summarize(example(3))
-    console = Console(width=160, record=True)
-    print_summary(summary, console)
-    shown = console.export_text()
-    for title in ("Accuracy", "Comparisons", "Inference-time scaling", "Grounding: phantoms", "The answers", "Rungs"):
-        assert title in shown
-    for row in summary["scores"]:
-        assert f"{100 * row['accuracy']['value']:.1f} [{100 * row['accuracy']['low']:.1f}, " in shown
-    assert "no difference shown" in shown

@@ -72,7 +72,9 @@ def test_two_models_and_what_they_look_at(evaluate, chat_server, shades, tmp_pat
 
     for word in ("guesses", "looks", "report.html"):
         assert word in done.stdout
-    assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert html.startswith("<!DOCTYPE html>")
+    assert "Nobody looked whether the questions stand in the training files" in html
     asked, written = len(server.requests), (tmp_path / "out" / "answers.jsonl").read_bytes()
     again = evaluate(*command)
     assert again.returncode == 0, again.stdout

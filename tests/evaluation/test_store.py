@@ -24,8 +24,10 @@ def evaluation(tmp_path, write_image, write_rows, user):
     return Evaluation(("base",), {"own": cases}, answers, {"max_tokens": 5})
 
 
-def test_what_is_written_is_read(evaluation, tmp_path):
-    leaks = [{"benchmark": "own", "case": "1", "training_file": "a", "line": 1, "kind": "text", "detail": "x"}]
+@pytest.mark.parametrize("num_leaks", [None, 0, 1])
+def test_what_is_written_is_read(num_leaks, evaluation, tmp_path):
+    leak = {"benchmark": "own", "case": "1", "training_file": "a", "line": 1, "kind": "text", "detail": "x"}
+    leaks = None if num_leaks is None else [leak] * num_leaks  # None: nobody looked
     write_evaluation(evaluation, leaks, tmp_path / "out")
     read, read_leaks = read_evaluation(tmp_path / "out")
     assert read_leaks == leaks

@@ -1,4 +1,4 @@
-"""Rows in groups of one upstream gradient: the 3 U form of the torch implementation.
+"""Rows in groups of one upstream gradient: the 3 U forms of the torch implementation.
 
 Legend: N token rows, H hidden size, V vocabulary; U = 2NVH operations.
 """
@@ -122,3 +122,67 @@ def test_backward_runs_once(targets, groups):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward runs once"):
         loss.backward()
+
+
+@pytest.fixture
+def few(groups):
+    """Targets of fewer counted rows than the groups' weight gradients have, so that exponentials are kept."""
+    values = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+    values[30:] = IGNORE_INDEX
+    return values
+
+
+@pytest.mark.parametrize("num_columns", [1, 7, V])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=str)
+def test_kept_exponentials_change_nothing_but_the_work(few, groups, dtype, tolerance, num_columns, monkeypatch):
+    monkeypatch.setattr(logps_torch, "MIN_CHUNK", num_columns)
+    monkeypatch.setattr(logps_torch, "KEPT_CHUNK_BYTES", 1)
+    kept = gradients(few, groups, SCALES, dtype)
+    plain = gradients(few, groups, SCALES, dtype, with_groups=False)
+    for ours, theirs in zip(kept, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_kept_exponentials_hold_at_extreme_logits(few, groups):
+    """Logits rise by hundreds from chunk to chunk and fall again: no overflow, and the softmax of before vanishes."""
+    hidden, weight, _ = leaves(torch.float64, with_bias=False)
+    weight = (weight.detach() * 300).requires_grad_()
+    logps = linear_logps(hidden, weight, few, groups=groups)
+    logps.sum().backward()
+    counted = few != IGNORE_INDEX
+    plain_hidden, plain_weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    logits = plain_hidden[counted] @ plain_weight.T
+    plain = logits.log_softmax(-1).gather(1, few[counted][:, None])[:, 0]
+    plain.sum().backward()
+    torch.testing.assert_close(logps[counted], plain, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(hidden.grad, plain_hidden.grad, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(weight.grad, plain_weight.grad, rtol=1e-12, atol=1e-9)
+
+
+def test_kept_exponentials_cost_3_units_and_less_memory_than_the_groups(few, groups):
+    """What the graph holds between forward and backward is N x V and what goes in."""
+    hidden, weight, _ = leaves(with_bias=False)
+    num_counted = int((few != IGNORE_INDEX).sum())
+    held = []
+    with (
+        FlopCounterMode(display=False) as forward,
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda t: t),
+    ):
+        logps = linear_logps(hidden, weight, few, groups=groups)
+    with FlopCounterMode(display=False) as backward:
+        logps.sum().backward()
+    unit = 2 * num_counted * H * V
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (unit, 2 * unit)
+    assert num_counted * V in held
+    assert sum(held) < num_counted * V + 3 * H * V  # three groups' gradients would be more alone
+    assert num_counted * V < 3 * H * V
+
+
+def test_unequal_gradients_are_welcome_where_exponentials_are_kept(few, groups):
+    hidden, weight, bias = leaves()
+    upstream = torch.randn(N, generator=torch.Generator().manual_seed(3))
+    linear_logps(hidden, weight, few, groups=groups, bias=bias).backward(upstream)
+    again = leaves()
+    linear_logps(again[0], again[1], few, bias=again[2]).backward(upstream)
+    for ours, theirs in zip((hidden, weight, bias), again, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=2e-6, atol=2e-6)

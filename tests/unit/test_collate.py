@@ -194,7 +194,7 @@ def with_positions(batch, change):
 
 BREAKS = {
     "answers_see_each_other": lambda batch: with_branches(batch, 1, 0),
-    "examples_see_each_other": lambda batch: with_branches(batch, 0, 1),
+    "examples_see_each_other": lambda batch: with_branches(batch, 0, 1),  # of apart ones, which have no branches
     "the_second_answer_goes_on_after_the_first": lambda batch: with_positions(
         batch, lambda places: torch.arange(places.shape[-1]).expand(places.shape)
     ),
@@ -206,7 +206,7 @@ BREAKS = {
 def test_a_broken_mask_or_broken_positions_show(model_and_policy, collate, fault):
     """The comparison above would catch each of these."""
     _, policy = model_and_policy
-    batch = collate(0, 2, packed=True)
+    batch = collate(0, 2, packed=True, shared_prefix=fault != "examples_see_each_other")
     off = (logps_of(policy, BREAKS[fault](batch)) - logps_of(policy, batch)).abs().max()
     assert off > 1e-2
 

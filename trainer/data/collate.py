@@ -23,8 +23,8 @@ class MicroBatch:
 
     Attributes:
         inputs: of the model: input_ids (R, T) int64, position_ids (4, R, T) or (R, T) int64, and the images' tensors.
-        branches: (2, R, T) int64, piece and branch of each token (`attention.branch_mask`), or None where every row
-            is one conversation, for which plain causal attention is right, whatever lies behind it.
+        branches: (2, R, T) int64, piece and branch of each token (`attention.spans_of`), or None where every row is
+            one conversation, for which plain causal attention is right, whatever lies behind it.
         rows: (N,) int64, positions in the flattened (R * T) hidden states that predict an answer token.
         targets: (N,) int64, those tokens.
         sequence: (N,) int64, the sequence that each belongs to: side * B + example, sides as in `layout`.
@@ -45,12 +45,13 @@ class MicroBatch:
     sources: tuple[str, ...]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "MicroBatch":
-        """On `device`, with the images in `dtype`."""
+        """On `device`, with the images in `dtype`; `branches` stay, as the attention is laid out by them on the CPU."""
         inputs = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
             for name, tensor in self.inputs.items()
         }
-        return replace(self._map(lambda tensor: tensor.to(device, non_blocking=True)), inputs=inputs)
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, inputs=inputs, branches=self.branches)
 
     def pin_memory(self) -> "MicroBatch":
         """In page-locked memory, which a GPU copies from without the processor; torch's DataLoader calls it."""

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ def write_stage1(folder: Path, num: int, seed: int) -> Path:
     return _write_rows(folder / "stage1.jsonl", rows)
 
 
-def write_stage2(folder: Path, num: int, seed: int) -> Path:
-    """Write `num` preference pairs on pictures, their criteria by `CRITERION_CYCLE`; returns the jsonl file's path."""
+def write_stage2(folder: Path, num: int, seed: int, left_out: str | None = None) -> Path:
+    """Write `num` preference pairs on pictures, their criteria by `criteria_of_negatives`; returns the jsonl's path."""
     rows = (
         {
             "prompt": [{"role": "user", "content": image_question(case)}],
@@ -49,9 +49,31 @@ def write_stage2(folder: Path, num: int, seed: int) -> Path:
             "images": [_save_image(folder, case, index)],
             "meta": _meta(case) | {"criterion": criterion},
         }
-        for index, (case, criterion) in enumerate(zip(_cases("stage2", num, seed), cycle(CRITERION_CYCLE)))
+        for index, (case, criterion) in enumerate(
+            zip(_cases("stage2", num, seed), criteria_of_negatives(num, left_out), strict=True)
+        )
     )
-    return _write_rows(folder / "stage2.jsonl", rows)
+    return _write_rows(folder / (f"stage2_without_{left_out}.jsonl" if left_out else "stage2.jsonl"), rows)
+
+
+def criteria_of_negatives(num: int, left_out: str | None = None) -> list[str]:
+    """What the negatives of `num` pairs go wrong in: `CRITERION_CYCLE`, over and over.
+
+    With a criterion left out, each negative of its own becomes one of the others, by their shares of the cycle; every
+    other pair stays as it is, so that two files of the same cases differ in those negatives alone.
+    """
+    others = cycle([criterion for criterion in CRITERION_CYCLE if criterion != left_out])
+    return [next(others) if criterion == left_out else criterion for criterion in islice(cycle(CRITERION_CYCLE), num)]
+
+
+def write_chosen(pairs: Path) -> Path:
+    """Write the chosen answers of a file of pairs as demonstrations, beside it; returns the path of the jsonl file."""
+    with pairs.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    demonstrations = (
+        {"messages": row["prompt"] + row["chosen"], "images": row["images"], "meta": row["meta"]} for row in rows
+    )
+    return _write_rows(pairs.with_name("chosen.jsonl"), demonstrations)
 
 
 def write_cases(path: Path, num: int, seed: int, split: str) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from mede2.trainer.answering.extraction import RUNGS
 from mede2.trainer.evaluation.answered import PROBES
 from mede2.trainer.evaluation.charts import Axis, curves, span
 from mede2.trainer.evaluation.figures import (
@@ -86,8 +87,7 @@ def _accuracy(summary: Row) -> Chapter:
     return Chapter(
         "accuracy", "Accuracy",
         "Intervals are Wilson's; where questions share images, questions about one image are drawn again together "
-        "(cluster bootstrap). Dashed: what the same answer to every question would score, the best of"
-        " such answers.",
+        "(cluster bootstrap). Dashed: the best that the same answer to every question could score.",
         [
             Figures(
                 "Accuracy", ("", *benchmarks), rows, note + (signs if len(models) > 1 else ""), num_quiet=4,
@@ -280,7 +280,8 @@ def _reading(summary: Row) -> Chapter:
         heads=2, brief=(0, 1, 2, 3, 5),
         links=tuple(link(benchmark=row["benchmark"], model=row["model"], verdict="unparsed") for row in scores),
     )  # fmt: skip
-    rungs = list(dict.fromkeys(rung for row in scores for rung in row["rungs"]))
+    used = {rung for row in scores for rung in row["rungs"]}
+    rungs = sorted(used, key=lambda rung: (RUNGS.index(rung) if rung in RUNGS else len(RUNGS), rung))
     ladder = Figures(
         "Rungs", ("benchmark", "model", *rungs, "none"),
         [
@@ -305,10 +306,10 @@ def _leakage(summary: Row) -> Chapter:
     if leakage is None:
         return Chapter("leakage", "Leakage", "Nobody looked whether the questions stand in the training files.")
     questions = leakage["questions"]
+    shared = "13 words in a row (short ones all their words), or an image, with the training files"
     text = (
-        "Questions that share 13 words in a row or an image with the training files, and the accuracy on the others."
-        if leakage["found"] else
-        "No question shares 13 words in a row or an image with the training files that were looked at."
+        f"Questions that share {shared}, and the accuracy on the others."
+        if leakage["found"] else f"No question shares {shared} that were looked at."
     )  # fmt: skip
     counts = Figures(
         "Leaked questions", ("benchmark", "questions", "by text", "by image", "by either"),

@@ -83,7 +83,7 @@ def command(
 
     world = join_world(PATIENCE_MINUTES)
     questions, about = world.on_main(lambda: read_questions(files, folder / "images", limit))
-    leaks = world.on_main(lambda: find_leaks(training, questions, window)) if training else []
+    leaks = world.on_main(lambda: find_leaks(training, questions, window)) if training else None
     greedy = world.on_main(lambda: greedy_questions(questions, kinds, folder / "images", seed, settings))
     drawn = drawn_questions(questions, num_samples, seed, settings)
     answers, identities = [], {}
@@ -102,7 +102,8 @@ def command(
         told |= {"versions": {name: version(name) for name in ("mede2", "torch", "transformers")}}
         evaluation = Evaluation(tuple(named), questions, answers, told)
         write_evaluation(evaluation, leaks, folder)
-        print_summary(write_report(evaluation, folder, leaks, redact=redact, num_shown=num_shown))
+        summary = write_report(evaluation, folder, leaks, redact=redact, num_shown=num_shown, grey_window=window)
+        print_summary(summary)
         click.echo(f"{folder / 'report.html'}")
 
     world.on_main(tell)

@@ -73,7 +73,7 @@ def collect(evaluation: Evaluation, num: int, seed: int = 0, window: Window = No
                 "images": [number[digest] for digest in case.image_hashes],
                 "prompt": [{"role": message["role"], "text": message_text(message)} for message in case.prompt],
                 "options": list(case.options),
-                "key": case.answer,
+                "key": case.answer if case.options else " / ".join(case.meta.get("accepted_answers") or [case.answer]),
                 "groups": {group: group_of(case, group) for group in GROUPS if case.meta.get(group)},
                 "answers": [_answer(answer, case) for answer in given],
             }

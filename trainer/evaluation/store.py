@@ -13,8 +13,8 @@ from mede2.trainer.questions.rows import Row, read_rows, write_rows
 QUESTIONS, ANSWERS, ABOUT = "questions.jsonl", "answers.jsonl", "evaluation.json"
 
 
-def write_evaluation(evaluation: Evaluation, leaks: Sequence[Row], folder: Path) -> None:
-    """Write the three files, the last one when the others are whole."""
+def write_evaluation(evaluation: Evaluation, leaks: Sequence[Row] | None, folder: Path) -> None:
+    """Write the three files, the last one when the others are whole; `leaks` is None where nobody looked."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
     write_rows(
@@ -26,11 +26,11 @@ def write_evaluation(evaluation: Evaluation, leaks: Sequence[Row], folder: Path)
         ),
     )
     write_rows(folder / ANSWERS, map(asdict, evaluation.answers))
-    about = {"models": list(evaluation.models), "settings": evaluation.settings, "leaks": list(leaks)}
+    about = {"models": list(evaluation.models), "settings": evaluation.settings, "leaks": leaks}
     write_json(folder / ABOUT, about)
 
 
-def read_evaluation(folder: Path) -> tuple[Evaluation, list[Row]]:
+def read_evaluation(folder: Path) -> tuple[Evaluation, list[Row] | None]:
     """What `write_evaluation` wrote: the evaluation and its leaks.
 
     Raises:

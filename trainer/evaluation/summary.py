@@ -6,6 +6,7 @@ from dataclasses import asdict
 from statistics import fmean
 
 from mede2.trainer.answering.answers import plain
+from mede2.trainer.answering.extraction import RUNGS
 from mede2.trainer.evaluation.answered import AS_IT_IS, GROUPS, PROBES, Answered, Evaluation
 from mede2.trainer.evaluation.scaling import scaling
 from mede2.trainer.evaluation.statistics import Estimate, flips, holm, mcnemar, mean, paired_difference
@@ -13,7 +14,6 @@ from mede2.trainer.preference.rubric import SCORES
 from mede2.trainer.questions.cases import Case
 from mede2.trainer.questions.rows import Row
 
-STRICT_RUNG = "format"  # the rung of answers in `<think>...</think> <answer>...</answer>` and nothing else
 NOT_STATED = "not stated"
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
 LEVEL = 0.05  # of the adjusted p-values
@@ -203,7 +203,7 @@ def _score(book: _Book, benchmark: str, model: str) -> Row:
         "benchmark": benchmark,
         "model": model,
         "accuracy": book.accuracy(benchmark, answers),
-        "format": book.mean(benchmark, answers, lambda answer: answer.rung == STRICT_RUNG),
+        "format": book.mean(benchmark, answers, lambda answer: answer.rung == RUNGS[0]),
         "unparsed": book.mean(benchmark, answers, lambda answer: answer.answer is None),
         "cut_off": book.mean(benchmark, answers, lambda answer: answer.finish == "length"),
         "tokens": fmean(answer.num_tokens for answer in answers.values()),

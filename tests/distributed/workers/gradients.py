@@ -79,6 +79,10 @@ def one_update(world: World, job: dict, case: str, batches_type: type[Batches] =
     pixels = [part.inputs.get("pixel_values", torch.zeros(1)) for part in batches.micro_batches(0)]
     offload = getattr(engine.policy, "offload", None)
     result["bytes_offloaded"] = offload.bytes_moved if offload else 0
+    optimizer = engine.deepspeed.optimizer
+    if engine.deepspeed.zero_optimization_stage() == 3:
+        flats = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
+        result["own_masters"] = [weights.data_ptr() == master.data_ptr() for weights, master in flats]
     engine.close()
     return result | {"micro_batches_with_image": [bool(values.any()) for values in pixels]}
 
