@@ -1,6 +1,7 @@
-"""The embedded model: a real Qwen2.5-VL of 0.7 million parameters, built from a configuration. Imports transformers."""
+"""The embedded model: a real Qwen2.5-VL of 0.7 million parameters, built from a configuration; the same for other texts
+and images. Imports transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,32 +38,50 @@ ROPE_THETA = 200.0  # low enough to tell rows of a picture apart, high enough to
 VISION_HIDDEN, VISION_LAYERS, VISION_HEADS = 64, 3, 4
 
 
-def build_base(folder: Path, seed: int = 0) -> Path:
-    """Write an untrained base model with its tokenizer, chat template, image processor and generation settings."""
-    tokenizer = build_tokenizer()
+def build_base(
+    folder: Path,
+    seed: int = 0,
+    *,
+    texts: Iterable[str] | None = None,
+    vocabulary: int = VOCABULARY,
+    pixels: tuple[int, int] = (WIDTH * HEIGHT, WIDTH * HEIGHT),
+    merge: int = MERGE,
+    max_positions: int = 1024,
+) -> Path:
+    """Write an untrained base model with its tokenizer, chat template, image processor and generation settings.
+
+    Args:
+        folder: where it goes.
+        seed: of the weights.
+        texts: what the tokenizer is trained on, without the chat's special tokens; None: the demo's own texts.
+        vocabulary: number of tokens, at least 267: 256 bytes and what a chat needs.
+        pixels: smallest and largest image; others are scaled to it.
+        merge: patches of a visual token, on a side.
+        max_positions: longest sequence, tokens.
+    """
+    tokenizer = build_tokenizer(texts, vocabulary)
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))
+    model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer, vocabulary, merge, max_positions))
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    pixels = WIDTH * HEIGHT
     Qwen2VLImageProcessor(
-        patch_size=PATCH, merge_size=MERGE, temporal_patch_size=2, min_pixels=pixels, max_pixels=pixels
+        patch_size=PATCH, merge_size=merge, temporal_patch_size=2, min_pixels=pixels[0], max_pixels=pixels[1]
     ).save_pretrained(folder)
     return folder
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE on the demo's own texts: its words become single tokens, and any other text still has bytes."""
+def build_tokenizer(texts: Iterable[str] | None = None, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on these texts: their words become single tokens, and any other text still has bytes."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 11, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocabulary - 11, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    core.train_from_iterator(_texts(), trainer)
+    core.train_from_iterator(_texts() if texts is None else texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE, padding_side="left"
     )
@@ -71,18 +90,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+def build_config(
+    tokenizer: PreTrainedTokenizerFast, vocabulary: int, merge: int, max_positions: int
+) -> Qwen2_5_VLConfig:
     """The architecture of Qwen2.5-VL at 1/1000 of its width and depth."""
     ids = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "hidden_size": HIDDEN,
             "intermediate_size": 3 * HIDDEN,
             "num_hidden_layers": LAYERS,
             "num_attention_heads": HEADS,
             "num_key_value_heads": KV_HEADS,
-            "max_position_embeddings": 1024,
+            "max_position_embeddings": max_positions,
             "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [4, 4, 4]},
             "tie_word_embeddings": True,
             "initializer_range": INIT,
@@ -97,7 +118,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "num_heads": VISION_HEADS,
             "out_hidden_size": HIDDEN,
             "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
+            "spatial_merge_size": merge,
             "temporal_patch_size": 2,
             "window_size": 4 * PATCH,
             "initializer_range": INIT,
