@@ -22,7 +22,7 @@ SMALLEST = ("--eye-steps", "2", "--num-views", "32", "--num-demos", "32", "--num
 def test_both_stages_and_their_scores(run, tmp_path, script, questions, options, num_scored, always):
     file, results = Path(os.environ[DATA]).resolve() / f"{questions}.jsonl", tmp_path / "results.csv"
     paths = ("--questions", str(file), "--output", str(tmp_path / "runs"), "--results", str(results))
-    run(sys.executable, f"benchmarks/{script}.py", *paths, *options, *SMALLEST, timeout_s=280)
+    run(sys.executable, f"benchmarks/real_files/{script}.py", *paths, *options, *SMALLEST, timeout_s=280)
     with results.open(encoding="utf-8") as table:
         rows = list(csv.DictReader(table))
     first = rows[:5]  # of the first task

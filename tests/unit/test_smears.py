@@ -26,7 +26,7 @@ COUNT, PLACE = "platelet count", "white cell quadrant"
 
 @pytest.fixture
 def smears(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks" / "real_files")
     return importlib.import_module("smears")
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import click
 
 from mede2.trainer.answering.answers import parse_answer
-from mede2.trainer.demo.score import Rate
+from mede2.trainer.evaluation.statistics import Rate
 
 Row = dict[str, object]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ALWAYS = ("--global-batch-size", "32", "--micro-batch-size", "32", "--max-length", "512", "--save-every", "100")
 PRETRAIN = ("--set", "weight_decay=0.01", "--set", "adam_beta2=0.98")
 WORDS = (*PRETRAIN, "--learning-rate", "3e-3", "--set", "warmup_ratio=0.13", "--set", "scheduler=constant")

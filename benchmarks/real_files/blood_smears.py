@@ -1,6 +1,6 @@
 """Both stages on real blood smears: records derived from the boxes, the real commands, scores on held-out images.
 
-python benchmarks/blood_smears.py --questions mm_bccd.jsonl
+python benchmarks/real_files/blood_smears.py --questions mm_bccd.jsonl
 """
 
 from collections import Counter

@@ -1,6 +1,6 @@
 """A Qwen2.5-VL of a million random weights that reads any text, to try commands on question files of one's own.
 
-python benchmarks/tiny_model.py questions.jsonl --output runs/tiny
+python benchmarks/real_files/tiny_model.py questions.jsonl --output runs/tiny
 """
 
 from collections.abc import Iterator, Sequence

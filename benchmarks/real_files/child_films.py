@@ -1,6 +1,6 @@
 """Both stages on children's chest films of 28 x 28 pixels (PneumoniaMNIST), scored on held-out films.
 
-python benchmarks/child_films.py --questions mm_pneumoniamnist.jsonl
+python benchmarks/real_files/child_films.py --questions mm_pneumoniamnist.jsonl
 
 The only truth about a film is its label, so what the base model learns to write about one, clear or hazy lungs, is the
 label in other words: here the stages can teach the form of an answer, and what follows, but nothing to see.
