@@ -67,8 +67,10 @@ def torch_logps(
     if groups is not None and trains and not with_entropy and hidden.dtype.itemsize >= 4 and len(targets):
         members = _members(groups)
         grouped_rows = len(members) * (weight.shape[1] + 1)  # of V values, in the weight and bias gradients
-        if min(grouped_rows, len(targets)) * weight.shape[0] * weight.dtype.itemsize <= GROUPED_BYTES:
-            if len(targets) < grouped_rows and softcap is None:
+        keeps = softcap is None and len(targets) < grouped_rows
+        held = (len(targets) if keeps else grouped_rows) * weight.shape[0] * weight.dtype.itemsize
+        if held <= GROUPED_BYTES:
+            if keeps:
                 return _KeptLogps.apply(hidden, weight, targets, bias), None
             return _GroupedLogps.apply(hidden, weight, targets, bias, members, softcap), None
     return _ChunkedLogps.apply(hidden, weight, targets, bias, softcap, with_entropy)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mede2.trainer.world import World
 
 MARKER = "complete.json"  # the manifest, written last; a folder without it is not a checkpoint
 GIB = 2**30
+WRITER = re.compile("PytorchStreamWriter|inline_container|iostream")  # in what torch.save raises on a full disk
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Raises ValueError where `path` is no complete checkpoint, or one of its files is missing or of another size."""
     try:
         marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        names = ("step", "world_size", "identity", "objective", "files")
-        checkpoint = Checkpoint(path, *(marker[name] for name in names))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = ("step", "world_size", "identity", "objective")
+        checkpoint = Checkpoint(path, *(marker[name] for name in names), marker.get("files", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no complete checkpoint ({MARKER} is missing or damaged)") from error
     for name, file in checkpoint.files.items():
         found = (path / name).stat().st_size if (path / name).exists() else None
@@ -62,7 +64,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The folders of complete checkpoints under `folder`, the newest first; half-written ones do not count."""
     complete = [marker.parent for marker in folder.glob(f"step-*/{MARKER}")]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(complete, key=_step_of, reverse=True)
 
 
 def first_whole(folders: Sequence[Path], world: World) -> Checkpoint:
@@ -76,7 +78,7 @@ def first_whole(folders: Sequence[Path], world: World) -> Checkpoint:
     for folder in folders:
         try:
             checkpoint = world.on_main(lambda folder=folder: read_checkpoint(folder))
-            _compare(checkpoint, _hashes(checkpoint.path, world))
+            _compare(checkpoint, _hashes(checkpoint.path, list(checkpoint.files), world))
         except ValueError as error:
             damage.append(str(error))
         else:
@@ -117,12 +119,14 @@ def save_checkpoint(
         _check_room(folder, least)
 
     def complete() -> None:
+        if unread := [f"{name} {value}" for name, value in hashes.items() if " " in value]:
+            raise OSError("; ".join(unread))
         files = {name: {"bytes": (partial / name).stat().st_size, "sha256": value} for name, value in hashes.items()}
         marker = {"step": step, "world_size": world.size, "identity": identity, "objective": objective, "files": files}
         write_json(partial / MARKER, marker)
         shutil.rmtree(final, ignore_errors=True)  # of an earlier run through the same step
         os.rename(partial, final)
-        _delete_old(folder, keep, keep_every)
+        _delete_old(folder, step, keep, keep_every)
 
     least = engine.num_state_bytes()
     try:
@@ -130,9 +134,11 @@ def save_checkpoint(
         engine.deepspeed.save_checkpoint(folder, tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
         save_file(_generator_states(), partial / _generator_file(world.rank))
         world.barrier()  # all ranks have written
-        hashes = _hashes(partial, world)
+        hashes = _hashes(partial, world.on_main(lambda: _names(partial)), world)
         world.on_main(complete)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer of archives raises RuntimeError where a disk is full
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not WRITER.search(str(error)):
+            raise
         raise ValueError(
             f"checkpoint of update {step}: {partial} cannot be written ({error}); the earlier ones in {folder} are "
             "whole: make room, then the same command continues from there"
@@ -153,30 +159,45 @@ def _check_room(folder: Path, least: int) -> None:
         )
 
 
-def _hashes(folder: Path, world: World) -> dict[str, str]:
-    """sha256 of every file but the manifest, which are on disk when this returns. Ranks share the files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+def _names(folder: Path) -> list[str]:
+    """Every file of a checkpoint but its manifest."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    return sorted(str(path.relative_to(folder)) for path in files)
+
+
+def _hashes(folder: Path, names: Sequence[str], world: World) -> dict[str, str]:
+    """sha256 of the files, which are on disk when this returns, or what is in the way. Ranks share the files."""
     share = {}
-    for path in files[world.rank :: world.size]:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        share[str(path.relative_to(folder))] = hash_file(path)
+    for name in names[world.rank :: world.size]:
+        try:
+            with open(folder / name, "rb") as file:
+                os.fsync(file.fileno())
+            share[name] = hash_file(folder / name)
+        except OSError as error:
+            share[name] = f"cannot be read: {error.strerror}"
     return {name: value for part in world.gather(share) for name, value in sorted(part.items())}
 
 
 def _compare(checkpoint: Checkpoint, hashes: dict[str, str]) -> None:
     for name, file in checkpoint.files.items():
         if hashes[name] != file["sha256"]:
-            raise ValueError(f"{checkpoint.path / name} is damaged (its sha256 is not the one that was written)")
+            told = hashes[name] if " " in hashes[name] else "its sha256 is not the one that was written"
+            raise ValueError(f"{checkpoint.path / name} is damaged ({told})")
 
 
-def _delete_old(folder: Path, keep: int, keep_every: int) -> None:
-    """Delete what is older than the newest `keep`; a folder loses its manifest first, so it is never half a
-    checkpoint."""
-    for path in checkpoint_folders(folder)[keep:] if keep else ():
-        if not keep_every or int(path.name.removeprefix("step-")) % keep_every:
-            (path / MARKER).unlink()
-            shutil.rmtree(path)
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _delete_old(folder: Path, step: int, keep: int, keep_every: int) -> None:
+    """Delete what is older than the newest `keep` up to `step`; later ones, of a run that was taken back, are left. A
+    folder loses its name first, so it is never half a checkpoint."""
+    so_far = [path for path in checkpoint_folders(folder) if _step_of(path) <= step]
+    for path in so_far[keep:] if keep else ():
+        if not keep_every or _step_of(path) % keep_every:
+            aside = path.with_name(f".{path.name}.partial")
+            os.rename(path, aside)
+            shutil.rmtree(aside)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:

@@ -58,12 +58,16 @@ def test_questions_without_images_are_under_no_probe(cases, tmp_path):
     assert [case.id for case in probe(list(cases.values()), "text_only", tmp_path)] == ["1", "2", "3", "4"]
 
 
-def test_blank_is_the_mean_colour_and_shared(cases, tmp_path):
-    asked = {case.id: case for case in probe(list(cases.values()), "blank", tmp_path / "images")}
+@pytest.mark.parametrize("kind", ["blank", "noise"])
+def test_blank_and_noise_tell_nothing_of_an_image_but_its_size(cases, tmp_path, write_image, kind):
+    asked = {case.id: case for case in probe(list(cases.values()), kind, tmp_path / "images")}
     assert asked["1"].images == asked["2"].images == asked["4"].images[:1]
-    shown, mean = pixels(asked["1"].images[0]), pixels(cases["1"].images[0]).mean((0, 1))
-    assert (shown == np.rint(mean).astype(np.uint8)).all()
-    assert len(list((tmp_path / "images").iterdir())) == 2
+    assert len(list((tmp_path / "images").iterdir())) == 2  # of two sizes
+    write_image(tmp_path / "a.png", 24, 16, seed=9)  # another picture of that size
+    shown = pixels(asked["1"].images[0])
+    (again,) = probe([replace(cases["1"])], kind, tmp_path / "anew")
+    assert np.array_equal(pixels(again.images[0]), shown)
+    assert (kind == "blank") == (shown == 128).all()
 
 
 def test_shuffle_shows_an_image_of_another_question(cases, tmp_path):

@@ -39,6 +39,14 @@ def test_what_is_written_is_read(num_leaks, evaluation, tmp_path):
         assert replace(read.benchmarks["own"][name], source=case.source) == replace(case, images=images)
 
 
+def test_a_wrong_option_that_stands_twice_is_read_back(evaluation, tmp_path):
+    """Some published questions have one; `questions.adapter` keeps it."""
+    cases = dict(evaluation.benchmarks["own"])
+    cases["1"] = replace(cases["1"], options=("yes", "no", "no"))
+    write_evaluation(replace(evaluation, benchmarks={"own": cases}), [], tmp_path / "out")
+    assert read_evaluation(tmp_path / "out")[0].benchmarks["own"]["1"].options == ("yes", "no", "no")
+
+
 def test_an_unfinished_folder_is_told(evaluation, tmp_path):
     with pytest.raises(ValueError, match=r"out: no evaluation in it that was ended \(no evaluation.json\)"):
         read_evaluation(tmp_path / "out")
@@ -51,13 +59,15 @@ def test_an_unfinished_folder_is_told(evaluation, tmp_path):
 
 def test_models_of_two_runs_stand_side_by_side(evaluation):
     answers = [replace(answer, model="tuned") for answer in evaluation.answers]
-    other = replace(evaluation, models=("tuned",), answers=answers, settings={"max_tokens": 6})
+    other = replace(evaluation, models=("tuned",), answers=answers, settings={"max_tokens": 5, "versions": {}})
     joined = join([evaluation, other])
     assert joined.models == ("base", "tuned")
     assert joined.answers == [*evaluation.answers, *answers]
-    assert joined.settings == {"base": {"max_tokens": 5}, "tuned": {"max_tokens": 6}}
+    assert joined.settings == {"base": {"max_tokens": 5}, "tuned": {"max_tokens": 5, "versions": {}}}
     with pytest.raises(ValueError, match=r"model 'base': in two of the evaluations"):
         join([evaluation, evaluation])
+    with pytest.raises(ValueError, match=r"max_tokens: 5 for base, but 6 for tuned"):
+        join([evaluation, replace(other, settings={"max_tokens": 6})])
     less = {"own": {"1": evaluation.benchmarks["own"]["1"]}}
     with pytest.raises(ValueError, match=r"benchmark 'own': not the same questions in all of the evaluations"):
         join([evaluation, replace(other, benchmarks=less)])

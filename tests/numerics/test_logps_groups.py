@@ -186,3 +186,19 @@ def test_unequal_gradients_are_welcome_where_exponentials_are_kept(few, groups):
     linear_logps(again[0], again[1], few, bias=again[2]).backward(upstream)
     for ours, theirs in zip((hidden, weight, bias), again, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=2e-6, atol=2e-6)
+
+
+def test_short_answers_under_a_soft_cap_keep_to_the_budget(monkeypatch):
+    """The exponentials, which would fit, are not kept under a soft cap; the weight gradients, which are, would not."""
+    from mede2.kernels import logps_torch
+
+    forms = []
+    for name in ("_KeptLogps", "_GroupedLogps", "_ChunkedLogps"):
+        form = getattr(logps_torch, name)
+        monkeypatch.setattr(form, "apply", lambda *parts, form=form, name=name: forms.append(name) or (None, None))
+    monkeypatch.setattr(logps_torch, "GROUPED_BYTES", 4 * 8 * 100)  # eight rows of V values
+    hidden, weight = torch.randn(8, 6, requires_grad=True), torch.randn(100, 6)
+    targets, groups = torch.zeros(8, dtype=torch.long), torch.arange(8) // 2
+    for softcap in (None, 5.0):
+        logps_torch.torch_logps(hidden, weight, targets, groups=groups, softcap=softcap)
+    assert forms == ["_KeptLogps", "_ChunkedLogps"]

@@ -1,10 +1,12 @@
 """What a run leaves and finds again: checkpoints by their markers, rows of metrics, whole files."""
 
 import json
+import pickle
 
 import pytest
 
-from mede2.trainer.checkpoint import MARKER, checkpoint_folders, first_whole, read_checkpoint
+from mede2.trainer.checkpoint import MARKER, _delete_old, checkpoint_folders, first_whole, read_checkpoint
+from mede2.trainer.data.records import BadRow
 from mede2.trainer.files import hash_file, hash_weights, write_json, write_text
 from mede2.trainer.metrics import Metrics, read_metrics
 
@@ -80,6 +82,41 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_serves(write_checkpoint,
     assert told in said
     with pytest.raises(ValueError, match=r"^resume: .*step-000002.*; start over with --resume never$"):
         first_whole([damaged], world)
+
+
+def test_a_file_that_cannot_be_read_is_damage(write_checkpoint, world, monkeypatch, capsys):
+    older, damaged = write_checkpoint("step-000001", 1), write_checkpoint("step-000002", 2)
+
+    def hash_or_fail(path):
+        if path == damaged / "weights.pt":
+            raise OSError(5, "Input/output error")
+        return hash_file(path)
+
+    monkeypatch.setattr("mede2.trainer.checkpoint.hash_file", hash_or_fail)
+    assert first_whole([damaged, older], world).path == older
+    assert "weights.pt is damaged (cannot be read: Input/output error)" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_a_list_of_files_still_serves(write_checkpoint, world):
+    folder = write_checkpoint("step-000001", 1)
+    marker = json.loads((folder / MARKER).read_text())
+    del marker["files"]
+    write_json(folder / MARKER, marker)
+    assert first_whole([folder], world).step == 1
+
+
+def test_what_is_newer_than_the_checkpoint_just_written_does_not_push_it_out(tmp_path, write_checkpoint):
+    for step in (20, 25, 26, 30):
+        write_checkpoint(f"step-{step:06d}", step)
+    _delete_old(tmp_path, 26, keep=1, keep_every=10)
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-000030", "step-000026", "step-000020"]
+    assert not list(tmp_path.glob(".step*"))
+
+
+def test_what_ranks_raise_survives_the_way_between_them():
+    problem = BadRow("a.jsonl:3", "id: missing", "text")
+    again = pickle.loads(pickle.dumps(problem))
+    assert (type(again), str(again), again.kind) == (BadRow, str(problem), "text")
 
 
 @pytest.fixture

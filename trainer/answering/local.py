@@ -11,7 +11,7 @@ from mede2.trainer.answering.progress import Progress
 from mede2.trainer.data.images import load_image
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.data.records import Message
-from mede2.trainer.files import hash_json, hash_weights
+from mede2.trainer.files import hash_file, hash_json, hash_weights
 from mede2.trainer.policy import quiet_transformers
 from mede2.trainer.questions.rows import Row
 from mede2.trainer.world import World
@@ -29,7 +29,7 @@ class LocalModel:
         world: the ranks.
 
     Attributes:
-        identity: what answers depend on beside question and settings: dtype, weights, processor.
+        identity: what answers depend on beside question and settings: dtype, weights, end tokens, processor.
     """
 
     def __init__(self, model: str, *, batch_size: int, max_pixels: int | None, world: World):
@@ -39,6 +39,7 @@ class LocalModel:
         self.identity = {
             "dtype": "bfloat16" if world.device.type == "cuda" else "float32",
             "weights": hash_weights(self.folder, world),
+            "generation": hash_file(ends) if (ends := self.folder / "generation_config.json").exists() else None,
             "processor": hash_json(describe_processor(load_processor(self.folder, max_pixels))),
         }
         self._generator: Generator | None = None

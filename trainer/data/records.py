@@ -35,6 +35,10 @@ class BadRow(ValueError):
         super().__init__(f"{source}: {problem}")
         self.source, self.problem, self.kind = source, problem, kind
 
+    def __reduce__(self):
+        """Ranks tell each other by pickle what was raised."""
+        return BadRow, (self.source, self.problem, self.kind)
+
 
 @dataclass(frozen=True)
 class Record:

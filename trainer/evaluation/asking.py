@@ -1,7 +1,7 @@
 """Asking: benchmarks' questions as they are and under probes, put to a model, and its answers read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from mede2.trainer.questions.benchmarks import read_benchmark
 from mede2.trainer.questions.cases import Case
 from mede2.trainer.questions.rows import Row
 
+KNOWN = ("findings", "conclusions")  # of a case's meta: what only its author knows
 Questions = dict[str, dict[str, Case]]  # benchmark -> id -> question
 
 
@@ -68,13 +69,16 @@ def read(model: str, asked: Asked, answer: Row, drawn: bool, rubric: Rubric) -> 
         answer["num_tokens"], found.rung, found.answer,
         right=any(is_match(found, key, case.options) for key in keys),
         recall=None if case.options else max(word_recall(found.answer or "", key) for key in keys),
-        mmrp=_mmrp(Answer(case, asked.job.sample, text, answer["key"]), rubric) if asked.probe == AS_IT_IS else None,
+        mmrp=_mmrp(case, text, rubric) if asked.probe == AS_IT_IS else None,
     )  # fmt: skip
 
 
-def _mmrp(answer: Answer, rubric: Rubric) -> float | None:
-    """Mean of the scores that the rules give; None where they give none."""
-    scores = [score.score for score in (rules.judge(answer, rubric).scores or {}).values() if score.score is not None]
+def _mmrp(case: Case, text: str, rubric: Rubric) -> float | None:
+    """Mean of the scores that the rules give; None where they give none. They are not told what the case knows of its
+    image and its answer (findings, conclusions): a vote weighted by that would be cast by the key."""
+    meta = {name: value for name, value in case.meta.items() if name not in KNOWN}
+    judged = rules.judge(Answer(replace(case, meta=meta), 0, text, ""), rubric)
+    scores = [score.score for score in (judged.scores or {}).values() if score.score is not None]
     return sum(scores) / len(scores) if scores else None
 
 

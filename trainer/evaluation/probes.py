@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mede2.trainer.data.corruption import corrupt
+import numpy as np
+from PIL import Image
+
 from mede2.trainer.data.images import Window, load_image
 from mede2.trainer.data.records import Message
 from mede2.trainer.evaluation.answered import AS_IT_IS
 from mede2.trainer.files import hash_json
 from mede2.trainer.questions.cases import Case
+
+GREY = (128, 128, 128)
 
 
 def probe(cases: Sequence[Case], kind: str, folder: Path, *, seed: int = 0, window: Window = None) -> list[Case]:
@@ -21,10 +25,10 @@ def probe(cases: Sequence[Case], kind: str, folder: Path, *, seed: int = 0, wind
     Args:
         cases: of one benchmark.
         kind: AS_IT_IS leaves every question as it is, those without images, too; text_only takes the images away;
-            blank, noise and shuffle (an image of another question) put others of the same size in their place, see
-            `data.corruption`.
-        folder: where the images are written, as PNG under a name that says what they were made from. Those that are
-            there already are not made again.
+            blank (grey), noise (white) and shuffle (an image of another question, scaled) put others of the same size
+            in their place.
+        folder: where the images are written, as PNG under a name that says what they are. Those that are there already
+             are not made again.
         seed: of noise and of the choice among other questions.
         window: see `images.load_image`.
 
@@ -55,14 +59,24 @@ def _without_images(message: Message) -> Message:
 def _replaced(
     case: Case, place: int, kind: str, others: Sequence[tuple[str, Path]], folder: Path, seed: int, window: Window
 ) -> Path:
-    """The file of the image that a probe shows in place of one of a case's. Blank and noise depend on the image alone,
-    so that questions on one image share them."""
-    digest = case.image_hashes[place]
-    other = _other(case, place, others, seed) if kind == "shuffle" else None
-    path = folder / f"{kind}-{hash_json([digest, other and other[0], window, seed])[:32]}.png"
-    if not path.exists():
-        picture = load_image(case.images[place], window)
-        _save(corrupt(picture, kind, f"{seed} {digest}", other and load_image(other[1], window)), path)
+    """The file of the image that a probe shows in place of one of a case's. Blank and noise tell nothing of it but its
+    size: even a mean colour, or a trace of the picture under noise, can give an answer away."""
+    picture = load_image(case.images[place], window)
+    width, height = picture.size
+    if kind == "shuffle":
+        digest, other = _other(case, place, others, seed)
+        path = folder / f"shuffle-{hash_json([digest, window, width, height])[:32]}.png"
+    else:
+        path = folder / f"{kind}-{width}x{height}-{seed}.png"
+    if path.exists():
+        return path
+    if kind == "shuffle":
+        shown = load_image(other, window).resize(picture.size, Image.Resampling.BICUBIC)
+    elif kind == "noise":
+        shown = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    else:
+        shown = Image.new("RGB", picture.size, GREY)
+    _save(shown, path)
     return path
 
 

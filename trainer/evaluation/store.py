@@ -7,9 +7,11 @@ from pathlib import Path
 
 from mede2.trainer.evaluation.answered import Answered, Evaluation
 from mede2.trainer.files import hash_json, write_json
-from mede2.trainer.questions.cases import Case, parse_case
+from mede2.trainer.questions.cases import Case
 from mede2.trainer.questions.rows import Row, read_rows, write_rows
 
+WANTED = ("benchmark", "id", "prompt", "images", "answer", "options", "explanation", "meta")
+ALIKE = ("max_tokens", "system", "grey_window", "probes", "samples", "temperature of samples", "top_p", "seed")
 QUESTIONS, ANSWERS, ABOUT = "questions.jsonl", "answers.jsonl", "evaluation.json"
 
 
@@ -41,9 +43,10 @@ def read_evaluation(folder: Path) -> tuple[Evaluation, list[Row] | None]:
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: no evaluation in it that was ended (no {ABOUT})") from error
     benchmarks: dict[str, dict[str, Case]] = {}
-    for source, row in read_rows(folder / QUESTIONS, ("benchmark", "id")):
-        own = {name: value for name, value in row.items() if name not in ("benchmark", "source")}
-        benchmarks.setdefault(row["benchmark"], {})[row["id"]] = parse_case(source, own, folder)
+    for source, row in read_rows(folder / QUESTIONS, WANTED):
+        prompt, images = tuple(row["prompt"]), tuple(map(Path, row["images"]))
+        known = row["answer"], tuple(row["options"]), row["explanation"], row["meta"]
+        benchmarks.setdefault(row["benchmark"], {})[row["id"]] = Case(source, row["id"], prompt, images, *known)
     names = [field.name for field in fields(Answered)]
     answers = [
         Answered(**{name: row[name] for name in names}) for _, row in read_rows(folder / ANSWERS, names)
@@ -55,11 +58,17 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Several evaluations as one: models of different runs side by side on the questions.
 
     Raises:
-        ValueError: a model in two of them, or one benchmark's name for different questions.
+        ValueError: a model in two of them, one benchmark's name for different questions, or answers that were made
+            under other settings.
     """
     benchmarks: dict[str, dict[str, Case]] = {}
     models: list[str] = []
+    first = evaluations[0].settings
     for evaluation in evaluations:
+        for name in ALIKE:
+            if evaluation.settings.get(name) != first.get(name):
+                theirs = f"{evaluation.settings.get(name)!r} for {', '.join(evaluation.models)}"
+                raise ValueError(f"{name}: {first.get(name)!r} for {', '.join(evaluations[0].models)}, but {theirs}")
         if twice := set(models) & set(evaluation.models):
             raise ValueError(f"model {sorted(twice)[0]!r}: in two of the evaluations; give each a name of its own")
         models += evaluation.models
@@ -72,7 +81,7 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def _row(case: Case) -> Row:
-    """A case as `parse_case` reads it."""
+    """A case as `read_evaluation` reads it."""
     return {
         "id": case.id, "prompt": list(case.prompt), "images": [str(image.resolve()) for image in case.images],
         "answer": case.answer, "options": list(case.options), "explanation": case.explanation, "meta": case.meta,
