@@ -175,7 +175,8 @@ def _scaling(summary: Row) -> Chapter:
         "scaling", "Inference-time scaling",
         "Accuracy when n answers are drawn to each question and one is made of them, with 95 % bands. pass@n: one of "
         "them is right, which only the key can tell. majority: what most of them say. mmrp vote: the same, votes "
-        "weighted by the scores of the rule-based judge. best of n: the answer that it scores highest.",
+        "weighted by the scores of the rule-based judge, which is told neither the key nor what an image shows. "
+        "best of n: the answer that it scores highest.",
         [table], panels=panels, details=details,
     )  # fmt: skip
 

@@ -48,17 +48,20 @@ function fits(answer, question, state) {
   }
 }
 
-function hasWords(question, words) {
-  if (question.id === words) return true;
+function hasWords(question, words, isId) {
+  if (isId) return question.id === words;
   const texts = [question.key, ...question.prompt.map((m) => m.text), ...question.options];
   for (const answer of question.answers) texts.push(answer.think ?? "", answer.text);
   return texts.some((text) => text.toLowerCase().includes(words.toLowerCase()));
 }
 
-const choose = (state) => data.questions.filter((question) =>
-  (!state.benchmark || question.benchmark === state.benchmark) &&
-  question.answers.some((answer) => fits(answer, question, state)) &&
-  (!state.words || hasWords(question, state.words)));
+function choose(state) {
+  const among = data.questions.filter((question) => !state.benchmark || question.benchmark === state.benchmark);
+  const isId = among.some((question) => question.id === state.words);
+  return among.filter((question) =>
+    question.answers.some((answer) => fits(answer, question, state)) &&
+    (!state.words || hasWords(question, state.words, isId)));
+}
 
 function showAnswer(answer, question) {
   const facts = [`${answer.tokens} tokens`];
