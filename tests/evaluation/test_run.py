@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -109,7 +108,7 @@ def test_killed_in_the_middle_no_answer_is_lost(evaluate, chat_server, shades, t
     assert len(server.completed) <= 8 * 7 + 4
 
 
-def test_a_model_here_on_one_rank_and_on_two(evaluate, demo_cases, tmp_path):
+def test_a_model_here_on_one_rank_and_on_two(evaluate, on_two_ranks, demo_cases, tmp_path):
     """The demo's base model: the same answers to the byte; then one report of both runs."""
 
     def command(name: str) -> list[str]:
@@ -120,18 +119,7 @@ def test_a_model_here_on_one_rank_and_on_two(evaluate, demo_cases, tmp_path):
 
     one = evaluate(*command("one"))
     assert one.returncode == 0, one.stdout
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        evaluate(
-            *command("two"), wait=False, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    on_two_ranks("evaluate.py", *command("two"))
     first, second = (rows_of(tmp_path / name / "answers.jsonl") for name in ("one", "two"))
     assert len(first) == 12
     assert [row | {"model": "two"} for row in first] == second

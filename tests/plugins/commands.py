@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -154,3 +155,23 @@ def launched():
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(launched):
+    """`on_two_ranks(script, *arguments)` runs a script of launch/ as launchers do; returns what each printed."""
+
+    def run(script: str, *arguments: str) -> list[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = [
+            launched(script, *arguments, wait=False, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+            for rank in range(2)
+        ]
+        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], outputs
+        return outputs
+
+    return run

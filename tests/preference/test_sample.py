@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-import socket
 import threading
 import time
 from collections import Counter
@@ -265,7 +264,7 @@ def test_a_prompt_that_leaves_no_room_is_told(generator, conversations):
         generator(conversations, max_tokens=1000)
 
 
-def test_two_ranks_go_on_where_one_stopped_and_write_what_one_writes(pairs, demo_cases, tmp_path, world):
+def test_two_ranks_go_on_where_one_stopped_and_write_what_one_writes(on_two_ranks, demo_cases, tmp_path, world):
     """One process makes 3 answers a case. Two ranks of the real command, with a journal that holds the first batches
     and a torn line, write the same file to the byte."""
     jobs = plan(read_cases(demo_cases), 3, 0, None)
@@ -280,22 +279,11 @@ def test_two_ranks_go_on_where_one_stopped_and_write_what_one_writes(pairs, demo
     journal.parent.mkdir()
     journal.write_bytes(b"".join(lines[:16]) + lines[16][:20])
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         "sample", "--cases", str(demo_cases), "--output", str(tmp_path / "two.jsonl"), "--model", str(BASE_MODEL),
         "--num", "3", "--top-p", "0.9", "--max-tokens", "48", "--batch-size", "8",
     ]  # fmt: skip
-    ranks = [
-        pairs(
-            *command, wait=False, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    outputs = on_two_ranks("pairs.py", *command)
     assert (tmp_path / "two.jsonl").read_bytes() == whole
     made = [len(rows_of(journal_of(tmp_path / "two.jsonl", rank))) for rank in range(2)]
     assert sum(made) == 36
