@@ -264,6 +264,11 @@ class Engine:
         )
 
     @torch.no_grad()
+    def image_features(self, micro_batch) -> Tensor:
+        """What the vision tower makes of a micro-batch's images; see `Policy.image_features`."""
+        return self.deepspeed(micro_batch.inputs)
+
+    @torch.no_grad()
     def answer_logps(self, micro_batch) -> Tensor:
         """Log-probability (S,) fp64 of each sequence's answer, without gradients."""
         logps = self(micro_batch)

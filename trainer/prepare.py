@@ -24,7 +24,14 @@ from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
-from mede2.trainer.policy import check_adapter, has_sliding_layers, largest_parameter
+from mede2.trainer.policy import (
+    Policy,
+    check_adapter,
+    has_sliding_layers,
+    largest_parameter,
+    load_policy,
+    takes_image_features,
+)
 from mede2.trainer.resolution import Resolved
 from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Settings
 from mede2.trainer.world import World
@@ -47,6 +54,7 @@ class Prepared:
         batch: the batch arithmetic.
         train, held_out: batches of the training records, and of the held-out ones where there are any.
         num_steps: updates of the whole run.
+        caches_image_features: the vision tower runs once for each image, not in every step.
         identity: what a run must share with the one it continues: settings, weights and data, by hash.
     """
 
@@ -61,6 +69,7 @@ class Prepared:
     train: Batches
     held_out: Batches | None
     num_steps: int
+    caches_image_features: bool
     identity: dict[str, Any]
 
     @property
@@ -70,6 +79,19 @@ class Prepared:
     @property
     def stage(self) -> int:
         return self.resolved.stage
+
+    @property
+    def sets(self) -> dict[str, Batches]:
+        """The data sets by name."""
+        return {"train": self.train} | ({"eval": self.held_out} if self.held_out else {})
+
+    def load(self, folder: Path, adapter: Settings | Path | None = None, quantize: str | None = None) -> Policy:
+        """A policy from `folder` as this run's settings want it; see `load_policy`."""
+        return load_policy(
+            folder, dtype=self.dtype, attention=self.settings.attention, implementation=self.implementation,
+            deepspeed_config=self.config, activation_checkpointing=self.settings.activation_checkpointing,
+            activation_offload=self.settings.activation_offload, adapter=adapter, quantize=quantize,
+        )  # fmt: skip
 
 
 def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World) -> Prepared:
@@ -147,7 +169,7 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
         fill_deepspeed_config(
             config, settings, batch, dtype, text_config.hidden_size, largest_parameter(model_config)
         ),
-        batch, train_batches, eval_batches, num_steps, identity,
+        batch, train_batches, eval_batches, num_steps, _caches_image_features(settings, model_config), identity,
     )  # fmt: skip
 
 
@@ -165,6 +187,11 @@ def _check_attention(settings: Settings, stage: int, text_config) -> None:
             "shared_prefix: this model has layers of sliding attention, which its mask would undo; add "
             "--set shared_prefix=false"
         )
+
+
+def _caches_image_features(settings: Settings, config) -> bool:
+    frozen = not (settings.train_vision_tower or settings.train_merger)
+    return settings.cache_image_features and frozen and takes_image_features(config)
 
 
 def _check_corruption(settings: Settings, train_set: DataSet, eval_set: DataSet | None) -> None:
@@ -200,7 +227,8 @@ def describe(run: Prepared) -> list[str]:
         if both := sum(example.digest in trained_on for example in run.held_out.dataset.examples):
             lines.append(f"warning: held-out rows that are trained on, too: {both}")
     lines.append(f"batch: {run.batch}; {run.train.sampler.steps_per_epoch} updates an epoch, {run.num_steps} in all")
-    vision = "runs in every micro-batch" if run.train.dataset.has_images else "does not run (no record has an image)"
+    how_often = "once for each image" if run.caches_image_features else "in every micro-batch"
+    vision = f"runs {how_often}" if run.train.dataset.has_images else "does not run (no record has an image)"
     lines.append(
         f"model: {run.model}, {str(run.dtype).removeprefix('torch.')} on {run.world.device.type}, "
         f"ZeRO-{run.config['zero_optimization']['stage']}, attention {run.settings.attention}, log-probabilities "

@@ -3,29 +3,27 @@
 import dataclasses
 import time
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from mede2.trainer import reference
 from mede2.trainer.checkpoint import load_checkpoint, save_checkpoint
-from mede2.trainer.data.batches import Batches, Feed
+from mede2.trainer.data.batches import Feed
 from mede2.trainer.data.dataset import write_bad_rows
-from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import Engine, check_nvme, make_optimizer, on_nvme
 from mede2.trainer.export import compare, export, model_card, publish
-from mede2.trainer.files import hash_json, write_json, write_text
+from mede2.trainer.files import write_json, write_text
 from mede2.trainer.loop import evaluate, train
 from mede2.trainer.metrics import Metrics, read_metrics
 from mede2.trainer.moved import MovedCheck
 from mede2.trainer.objectives import Enhance, Objective, elicit
-from mede2.trainer.policy import PARTS, Policy, freeze, load_policy
+from mede2.trainer.once import compute_once
+from mede2.trainer.policy import PARTS, freeze
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
 from mede2.trainer.rehearsal import rehearse
 from mede2.trainer.resolution import Resolved, resolve
-from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Settings
+from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES
 from mede2.trainer.weights_and_biases import check_wandb, start_wandb, started_run
 from mede2.trainer.world import World
 
@@ -69,13 +67,15 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     torch.manual_seed(run.settings.seed + world.rank)  # dropout differs from rank to rank
 
     first_step = checkpoint.step if checkpoint else 0
-    feed = run.train.feed(range(first_step, run.num_steps))  # forks its workers, so before there is an engine
-    objective, held_out_objective, engine = _objectives_and_engine(run)
+    seen, values = compute_once(run)
+    feed = seen.train.feed(range(first_step, run.num_steps))  # forks its workers, so before there is an engine
+    objective, held_out_objective = _objectives(run, values)
+    engine = _engine(run)
     if checkpoint:
         load_checkpoint(engine, checkpoint)
         objective.load_state_dict(checkpoint.objective)
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
-    _train(run, engine, objective, held_out_objective, feed)
+    _train(seen, engine, objective, held_out_objective, feed)
     rows = world.on_main(lambda: read_metrics(output / "metrics.jsonl"))
     last = rows[-1] if rows else {}  # none where a finished checkpoint continues in a new output
     difference = _export(run, engine, last)
@@ -124,93 +124,24 @@ def closing_summary(first: dict[str, float], last: dict[str, float]) -> list[str
     return ["  ".join(line) for line in (moved, held_out) if line]
 
 
-def _objectives_and_engine(run: Prepared) -> tuple[Objective, Objective | None, Engine]:
-    """The engine with its optimizer, and what it minimizes; the reference model is gone when this returns."""
+def _objectives(run: Prepared, values: dict[str, torch.Tensor]) -> tuple[Objective, Objective | None]:
+    """What training minimizes, and what the held-out records are measured by."""
     if run.stage == ELICIT:
-        return elicit, elicit, _engine(run)
-    settings = run.settings
-    if not settings.needs_reference:
-        run.world.say(f"objective {', '.join(settings.objective)}: nothing in it reads a reference, none is computed")
-        objective = Enhance(settings, None)
-        return objective, objective if run.held_out else None, _engine(run)
-    sets = {"train": run.train} | ({"eval": run.held_out} if run.held_out else {})
-    folder = Path(settings.reference_cache or run.output.parent / "reference_cache")
-    components = {name: _reference_components(run, batches) for name, batches in sets.items()}
-    found = run.world.on_main(lambda: {
-        name: reference.read_cache(folder, components[name], len(batches.dataset.examples))
-        for name, batches in sets.items()
-    })  # fmt: skip
-    missing = [name for name, values in found.items() if values is None]
-    if missing:  # by an engine of its own, so that training starts alike whether the cache was there or not
-        engine, computed = _reference_engine(run), {}
-        for name in missing:
-            path = reference.cache_path(folder, components[name])
-            if path not in computed:  # the same records may train and evaluate
-                run.world.say(f"reference log-probabilities of the {name} records: computing")
-                computed[path] = reference.compute(engine, sets[name], folder, components[name], _Ticker(run.world))
-            found[name] = computed[path]
-        engine.close()
-    for name in found.keys() - missing:
-        run.world.say(f"reference log-probabilities of the {name} records: found in {folder}")
-    engine = _engine(run)
-    values = {name: found[name].to(run.world.device) for name in found}
-    objective = Enhance(settings, values["train"])
-    return objective, dataclasses.replace(objective, reference=values["eval"]) if run.held_out else None, engine
-
-
-class _Ticker:
-    """A line of progress every fifth of the way."""
-
-    def __init__(self, world: World):
-        self.world, self.shown = world, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if done * 5 // total > self.shown:
-            self.shown = done * 5 // total
-            self.world.say(f"  reference pass {done}/{total}")
-
-
-def _reference_components(run: Prepared, batches: Batches) -> dict[str, str]:
-    return {
-        "weights": run.identity["reference"] or run.identity["model"],
-        "processor": run.identity["processor"],
-        "records": batches.dataset.fingerprint,
-        "corruption": str(batches.collator.corruption),
-        "dtype": str(run.dtype),
-        "attention": run.settings.attention,
-        "quantize": str(run.settings.quantize),
-        "log-probabilities": run.implementation,
-        "device": run.world.device.type,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
+        return elicit, elicit
+    if not run.settings.needs_reference:
+        mix = ", ".join(run.settings.objective)
+        run.world.say(f"objective {mix}: nothing in it reads a reference, none is computed")
+    objective = Enhance(run.settings, values.get("train"))
+    return objective, dataclasses.replace(objective, reference=values.get("eval")) if run.held_out else None
 
 
 def _engine(run: Prepared) -> Engine:
     """The policy, sharded, with its optimizer."""
     adapter = run.settings if run.settings.lora_rank else None
-    policy = _load(run, run.model, adapter=adapter, quantize=run.settings.quantize)
+    policy = run.load(run.model, adapter=adapter, quantize=run.settings.quantize)
     counts = freeze(policy, {part: getattr(run.settings, f"train_{part}") for part in PARTS})
     run.world.say("trained parameters: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
     return Engine(policy, run.config, run.world, run.dtype, make_optimizer(policy, run.settings))
-
-
-def _reference_engine(run: Prepared) -> Engine:
-    """The model that --reference names, or the starting policy, without an optimizer."""
-    folder = locate_model(run.settings.reference) if run.settings.reference else run.model
-    theirs = hash_json(describe_processor(load_processor(folder, run.settings.max_pixels)))
-    if theirs != run.identity["processor"]:
-        raise ValueError(f"reference: {folder} has another tokenizer, template or image processor than {run.model}")
-    return Engine(_load(run, folder, quantize=run.settings.quantize), run.config, run.world, run.dtype)
-
-
-def _load(run: Prepared, folder: Path, adapter: Settings | Path | None = None, quantize: str | None = None) -> Policy:
-    return load_policy(
-        folder, dtype=run.dtype, attention=run.settings.attention, implementation=run.implementation,
-        deepspeed_config=run.config, activation_checkpointing=run.settings.activation_checkpointing,
-        activation_offload=run.settings.activation_offload,
-        adapter=adapter, quantize=quantize,
-    )  # fmt: skip
 
 
 def _train(
@@ -303,7 +234,7 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     if settings.quantize and not adapter_of:  # 16 bits may not fit where 4 did: each rank holds a part of them
         zero = run.config["zero_optimization"] | {"stage": 3}
         run = dataclasses.replace(run, config=run.config | {"zero_optimization": zero})
-    again = Engine(_load(run, *parts), run.config, world, run.dtype)
+    again = Engine(run.load(*parts), run.config, world, run.dtype)
     with torch.no_grad():
         of_export = again(probe)
     merged = bool(settings.lora_rank) and adapter_of is None

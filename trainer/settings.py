@@ -147,6 +147,12 @@ class Settings:
         stage=ENHANCE,
         harmless=True,
     )
+    cache_image_features: bool = _setting(
+        True,
+        "Run a frozen vision tower once for each image and keep what it says in reference_cache, instead of running it "
+        "in every step.",
+        harmless=True,
+    )
     optimizer: str = _setting(
         "adamw",
         "adamw: torch; adamw_8bit: bitsandbytes; paged_adamw_8bit: the same, its state moving to host memory when the "

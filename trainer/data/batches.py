@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from mede2.trainer.data.collate import Collator, MicroBatch
 from mede2.trainer.data.dataset import DataSet
 from mede2.trainer.data.encoding import Example
+from mede2.trainer.data.features import ImageFeatures
 from mede2.trainer.data.sampler import Sampler, Slot
 from mede2.trainer.world import World
 
@@ -49,6 +50,10 @@ class Batches:
         """Those of one update, made here and now."""
         for slots in self.sampler.micro_batches(step, self.world.rank):
             yield self.collator(self.dataset.examples, slots)
+
+    def with_features(self, features: ImageFeatures) -> "Batches":
+        """The same, with `features` in place of images."""
+        return replace(self, collator=self.collator.with_features(features))
 
     def feed(self, steps: range) -> "Feed":
         return Feed(self, steps)
