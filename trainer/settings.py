@@ -100,6 +100,13 @@ class Settings:
         0, "Checkpoints after a multiple of so many updates are kept whatever keep_checkpoints says (0: none).",
         at_least=0, harmless=True,
     )  # fmt: skip
+    stop_margin_s: float = _setting(
+        120.0,
+        "Seconds before the end of the SLURM job (SLURM_JOB_END_TIME) at which a run stops, writes a checkpoint and "
+        "asks to be requeued.",
+        at_least=0,
+        harmless=True,
+    )
     eval_every: int = _setting(0, "Evaluate every so many updates (0: only at the end).", at_least=0, harmless=True)
     resume: str = _setting(
         "auto",

@@ -82,9 +82,8 @@ def sample_here(
     from mede2.trainer.answering.local import PATIENCE_MINUTES, LocalModel
     from mede2.trainer.world import join_world
 
-    world = join_world(PATIENCE_MINUTES)
-    asked = LocalModel(model, batch_size=batch_size, max_pixels=max_pixels, world=world)
-    with Journal(output, world.rank) as journal:
-        answers = asked.answer(jobs, settings, journal)
-        world.on_main(lambda: write_samples(output, jobs, answers, model, settings | asked.identity))
-    world.leave()
+    with join_world(PATIENCE_MINUTES) as world:
+        asked = LocalModel(model, batch_size=batch_size, max_pixels=max_pixels, world=world)
+        with Journal(output, world.rank) as journal:
+            answers = asked.answer(jobs, settings, journal)
+            world.on_main(lambda: write_samples(output, jobs, answers, model, settings | asked.identity))
