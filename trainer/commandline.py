@@ -130,7 +130,6 @@ class Commands(click.Group):
 
     def invoke(self, context: click.Context):
         try:
-            watcher.install(FIELDS["stop_margin_s"].default)
             return super().invoke(context)
         except ValueError as error:
             fail(str(error))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mede2.trainer.stopping import MARGIN_S
+
 ELICIT, ENHANCE = 1, 2
 STAGE_NAMES = {ELICIT: "Stage I (elicit)", ENHANCE: "Stage II (enhance)"}
 OF_ADAPTERS = (
@@ -101,7 +103,7 @@ class Settings:
         at_least=0, harmless=True,
     )  # fmt: skip
     stop_margin_s: float = _setting(
-        120.0,
+        MARGIN_S,
         "Seconds before the end of the SLURM job (SLURM_JOB_END_TIME) at which a run stops, writes a checkpoint and "
         "asks to be requeued.",
         at_least=0,

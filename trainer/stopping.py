@@ -20,7 +20,8 @@ STOP_FILE, REQUEUE_FILE = "stop", "requeue"  # in it: made by the shell, and by 
 START_VARIABLE, END_VARIABLE = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"  # epoch seconds; SLURM sets them from 23.02
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-ASKED_BY = ("nobody", "SIGUSR1", "SIGTERM", "the stop file", "the end of the job's time")  # ranks reduce the index
+ASKED_BY = ("nobody", "the stop file", "the end of the job's time", "SIGUSR1", "SIGTERM")  # ranks take the last
+MARGIN_S = 120.0
 POLL_S = 1.0  # from one look at the shared disk to the next
 
 
@@ -30,18 +31,23 @@ class StopRequested(Exception):
 
 class Watcher:
     """Notices that this process is asked to stop. Nothing is interrupted: a signal is noted, and whoever works asks
-    now and then, with the other ranks (`World.stop_if_asked`) or, between two such moments, alone."""
+    now and then, with the other ranks (`World.stop_if_asked`) or, where ranks work apart, alone (`asked`) and then with
+    the others. A rank that a signal alone reached makes the stop file, so that the others need not finish first."""
 
     def __init__(self):
-        self._asked, self._next_look, self._deadline = 0, -math.inf, math.inf
+        self._asked, self._told, self._next_look, self._deadline = 0, False, -math.inf, math.inf
 
-    def install(self, margin_s: float) -> None:
+    def install(self, margin_s: float = MARGIN_S) -> None:
         """Note signals from now on, and the end of the SLURM job, `margin_s` before it. A second signal is noted like
         the first.
 
         Raises:
-            ValueError: a job that is not longer than the margin, which would be stopped and requeued for ever.
+            ValueError: a job that is not longer than the margin, which would be stopped and requeued for ever; a signal
+                folder that is none.
         """
+        folder = os.environ.get(FOLDER_VARIABLE)
+        if folder and not os.path.isdir(folder):
+            raise ValueError(f"{FOLDER_VARIABLE}: {folder} is no folder; the batch shell makes it, on a shared disk")
         self._deadline = deadline(os.environ, margin_s)
         for number in SIGNALS:
             signal.signal(number, self._note)
@@ -53,14 +59,22 @@ class Watcher:
     @property
     def asked(self) -> int:
         """Index into ASKED_BY of who first asked this process to stop, as far as it knows; 0: nobody."""
+        folder = os.environ.get(FOLDER_VARIABLE)
         if not self._asked and time.time() >= self._deadline:
             self._asked = ASKED_BY.index("the end of the job's time")
-        if not self._asked and time.monotonic() >= self._next_look:
+        if not self._asked and folder and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + POLL_S
-            folder = os.environ.get(FOLDER_VARIABLE)
-            if folder and os.path.exists(os.path.join(folder, STOP_FILE)):
+            if (Path(folder) / STOP_FILE).exists():
                 self._asked = ASKED_BY.index("the stop file")
+        if self._asked and folder and not self._told:
+            (Path(folder) / STOP_FILE).touch()
+            self._told = True
         return self._asked
+
+    def stop_alone(self, where: str) -> None:
+        """Raise StopRequested if this process, which has no other ranks, was asked."""
+        if self.asked:
+            raise StopRequested(f"stopped by {ASKED_BY[self.asked]} {where}")
 
 
 watcher = Watcher()  # signals belong to the process, so there is one

@@ -17,6 +17,7 @@ from mede2.trainer.evaluation.store import write_evaluation
 from mede2.trainer.questions.benchmarks import parse_benchmark
 from mede2.trainer.questions.cases import read_system
 from mede2.trainer.questions.rows import Row
+from mede2.trainer.stopping import watcher
 
 SERVED = re.compile(r"(?P<model>.+)@(?P<url>https?://.+)")
 
@@ -77,6 +78,7 @@ def command(
     folder, window = Path(output), parse_window(grey_window)
     settings = {"max_tokens": max_tokens, "system": read_system(system), "grey_window": window}
 
+    watcher.install()
     from mede2.trainer.answering.local import PATIENCE_MINUTES
     from mede2.trainer.evaluation.page import print_summary, write_report
     from mede2.trainer.world import join_world
