@@ -72,6 +72,7 @@ def run(world: World, job: dict, name: str, phase: str) -> dict:
     folder = Path(job["runs"]) / f"signals of {name} in {phase or 'no phase'}"
     world.on_main(lambda: folder.mkdir(parents=True))
     os.environ[FOLDER_VARIABLE] = str(folder)
+    stopping.POLL_S = 0.0
     stopping.watcher.__init__()  # as in a new process
     stopping.watcher.install()
     pairs = job["records"]["pairs"]
