@@ -63,6 +63,7 @@ def compute_features(
 
     Raises:
         ValueError: the disk has too little room.
+        StopRequested: on every rank; the pass begins anew.
     """
     world, path = engine.world, features_path(folder, components)
     partial = path.with_suffix(".partial")
@@ -72,6 +73,7 @@ def compute_features(
     steps = range(batches.sampler.steps_per_epoch)
     feed = batches.feed(steps)
     for step in steps:
+        world.stop_if_asked("while the vision tower ran over the images")
         for micro_batch in feed.micro_batches(step):
             micro_batch = micro_batch.to(world.device, engine.dtype)
             features = engine.image_features(micro_batch).cpu()

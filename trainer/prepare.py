@@ -87,6 +87,7 @@ class Prepared:
 
     def load(self, folder: Path, adapter: Settings | Path | None = None, quantize: str | None = None) -> Policy:
         """A policy from `folder` as this run's settings want it; see `load_policy`."""
+        self.world.stop_if_asked(f"before the weights of {folder} were loaded")
         return load_policy(
             folder, dtype=self.dtype, attention=self.settings.attention, implementation=self.implementation,
             deepspeed_config=self.config, activation_checkpointing=self.settings.activation_checkpointing,
