@@ -212,6 +212,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: there is nothing to load.
     """
+    assert checkpoint.converted or checkpoint.world_size == engine.world.size
     if checkpoint.converted:
         other_world.load(engine, checkpoint.converted)
     else:

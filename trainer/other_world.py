@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.utils.serialization import config as serialization
 
 from mede2.trainer.engine import Engine
 from mede2.trainer.world import World
@@ -114,6 +115,9 @@ def _num_workers(path: Path) -> int:
 def load(engine: Engine, converted: Path) -> None:
     """Put the engine where a converted checkpoint left it, and delete the conversion.
 
+    The files are mapped into memory: DeepSpeed opens on every rank those of all parameters, and each then reads its
+    share instead of the whole.
+
     What DeepSpeed 0.19 loads is mended: ZeRO-3 gives all groups of parameters the settings of the first one (learning
     rate, weight decay) and all of them one count of updates, which each then counts up; and the counts come on the CPU,
     where fused Adam on a GPU cannot use them.
@@ -128,14 +132,15 @@ def load(engine: Engine, converted: Path) -> None:
     zero, world = engine.deepspeed.optimizer, engine.world
     groups = [{name: value for name, value in group.items() if name != "params"} for group in zero.param_groups]
     world.on_main(lambda: _check_complete(engine, converted / CONVERTED / "zero"))
-    engine.deepspeed.load_checkpoint(converted, tag=CONVERTED)
+    with serialization.patch("load.mmap", True):
+        engine.deepspeed.load_checkpoint(converted, tag=CONVERTED)
     for group, own in zip(zero.param_groups, groups, strict=True):
         group |= own
     for parameter, state in zero.optimizer.state.items():
         if isinstance(state["step"], torch.Tensor):
             state["step"] = state["step"].to(parameter.device, copy=True)
     world.barrier()  # all ranks have read
-    world.on_main(lambda: shutil.rmtree(converted))
+    world.on_main(lambda: shutil.rmtree(converted, ignore_errors=True))  # what is left, the next checkpoint deletes
 
 
 def _check_complete(engine: Engine, folder: Path) -> None:
