@@ -17,7 +17,7 @@ from mede2.trainer.world import World
 
 SMALL = {
     "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-3, "weight_decay": 0.5, "max_length": 512,
-    "dtype": "fp32", "epochs": 2, "save_every": 1, "num_workers": 0,
+    "dtype": "fp32", "epochs": 2, "save_every": 1, "keep_checkpoints": 0, "num_workers": 0,
 }  # fmt: skip
 MIX = {"sigmoid": 0.8, "bco_pair_shifted": 0.2, "nll": 1.0}  # with a state that must come along
 CASES = {  # stage, DeepSpeed file, records, settings beyond the usual; two updates an epoch
