@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mede2.trainer import other_world
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import hash_file, write_json
 from mede2.trainer.world import World
@@ -34,6 +35,7 @@ class Checkpoint:
         files: bytes and sha256 of each file, by its name within the folder.
         owed: metrics of update `step` whose row is not yet in the metrics file, because the evaluation that belongs to
             it was stopped; None: nothing is owed.
+        converted: where it is for another number of ranks, from `other_world.convert`.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Checkpoint:
     objective: dict[str, float]
     files: dict[str, dict[str, Any]]
     owed: dict[str, float] | None = None
+    converted: Path | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -208,18 +211,23 @@ def _delete_old(folder: Path, step: int, keep: int, keep_every: int) -> None:
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     """Put the engine and the random number generators back to where the checkpoint left them.
 
+    With another number of ranks those that the checkpoint has generators of take them up, and the others get theirs
+    from the run's seed, their rank and the step.
+
     Raises:
-        ValueError: the checkpoint was written by another number of ranks.
+        ValueError: there is nothing to load.
     """
-    if checkpoint.world_size != engine.world.size:
-        raise ValueError(
-            f"resume: {checkpoint.path} was written by {checkpoint.world_size} ranks and cannot be continued by "
-            f"{engine.world.size}; start as many, or start over with --resume never"
-        )
-    folder, tag = checkpoint.path.parent, checkpoint.path.name
-    loaded, _ = engine.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)
-    if loaded is None:
-        raise ValueError(f"resume: DeepSpeed finds nothing to load in {checkpoint.path}")
+    assert checkpoint.converted or checkpoint.world_size == engine.world.size
+    if checkpoint.converted:
+        other_world.load(engine, checkpoint.converted)
+    else:
+        folder, tag = checkpoint.path.parent, checkpoint.path.name
+        loaded, _ = engine.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)
+        if loaded is None:
+            raise ValueError(f"resume: DeepSpeed finds nothing to load in {checkpoint.path}")
+    if engine.world.rank >= checkpoint.world_size:
+        other_world.seed_generators(checkpoint.identity["settings"]["seed"], engine.world.rank, checkpoint.step)
+        return
     states = load_file(checkpoint.path / _generator_file(engine.world.rank))
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:

@@ -1,5 +1,6 @@
 """A run before its weights are loaded: settings, data and configuration checked, described, and where it continues."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
+from mede2.trainer.other_world import check_convertible, convert
 from mede2.trainer.policy import (
     Policy,
     check_adapter,
@@ -248,14 +250,31 @@ def find_checkpoint(run: Prepared) -> Checkpoint | None:
     """Where the run continues, or None where it starts; with `resume: never` an older run is moved aside.
 
     Raises:
-        ValueError: the output holds another run, or something that is none; no checkpoint is whole.
+        ValueError: the output holds another run, or something that is none; no checkpoint is whole; another number of
+            ranks wrote it with an optimizer that these cannot take over.
     """
     folders = run.world.on_main(lambda: _folders_to_resume(run))
     if not folders:
         return None
     checkpoint = first_whole(folders, run.world)
     _check_identity(run.identity, checkpoint.identity, str(checkpoint.path))
+    check_convertible(checkpoint.path, checkpoint.world_size, run.world.size, run.settings.optimizer)
     return checkpoint
+
+
+def for_this_world(run: Prepared, checkpoint: Checkpoint) -> tuple[Prepared, Checkpoint]:
+    """The run and its checkpoint, converted if another number of ranks wrote it; before there is an engine, as both
+    take memory."""
+    if checkpoint.world_size == run.world.size:
+        return run, checkpoint
+    ranks = f"{checkpoint.world_size} rank{'s' if checkpoint.world_size > 1 else ''}"
+    run.world.say(f"checkpoint of {ranks}, continued by {run.world.size} through the universal format")
+    converted = convert(checkpoint.path, checkpoint.step, run.output / "checkpoints", run.world)
+    section = run.config.get("checkpoint", {}) | {"load_universal": True}
+    return (
+        dataclasses.replace(run, config=run.config | {"checkpoint": section}),
+        dataclasses.replace(checkpoint, converted=converted),
+    )
 
 
 def _folders_to_resume(run: Prepared) -> list[Path]:

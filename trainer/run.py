@@ -20,7 +20,7 @@ from mede2.trainer.moved import MovedCheck
 from mede2.trainer.objectives import Enhance, Objective, elicit
 from mede2.trainer.once import compute_once
 from mede2.trainer.policy import PARTS, freeze
-from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
+from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, for_this_world, prepare, settings_yaml
 from mede2.trainer.rehearsal import rehearse
 from mede2.trainer.resolution import Resolved, resolve
 from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES
@@ -66,6 +66,8 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     world.on_main(lambda: _write_inputs(run))
     if run.settings.wandb:
         world.on_main(lambda: start_wandb(run.settings, output, STAGE_NAMES[run.stage]))
+    if checkpoint:
+        run, checkpoint = for_this_world(run, checkpoint)
     torch.manual_seed(run.settings.seed + world.rank)  # dropout differs from rank to rank
 
     first_step = checkpoint.step if checkpoint else 0

@@ -365,7 +365,8 @@ class BatchArithmetic:
         if self.global_batch_size % per_forward:
             raise ValueError(
                 f"global_batch_size: {self.global_batch_size} is not micro_batch_size {self.micro_batch_size} x "
-                f"accumulation x {self.world_size} ranks; choose a multiple of {per_forward}"
+                f"accumulation x {self.world_size} ranks; choose a multiple of {per_forward} (a run that continues "
+                "keeps its global batch: choose another micro_batch_size or number of ranks)"
             )
 
     @property
