@@ -125,6 +125,32 @@ def test_rows_that_are_missing_or_doubled_where_a_run_continues_are_told(
     assert ("warning: " in capsys.readouterr().out) == warns
 
 
+class Tracker:
+    """Stands in for a run of Weights & Biases."""
+
+    def __init__(self):
+        self.told = []
+
+    def mark_preempting(self) -> None:
+        self.told.append("preempting")
+
+    def finish(self, exit_code: int) -> None:
+        self.told.append(exit_code)
+
+
+@pytest.mark.parametrize(("raised", "told"), [(StopRequested, ["preempting", 1]), (RuntimeError, [1]), (None, [0])])
+def test_a_stopped_run_is_preempted_to_those_who_watch_it_not_failed(tmp_path, raised, told):
+    tracker = Tracker()
+    metrics = Metrics(tmp_path, 0, 9, "stage 2", tracker)
+    try:
+        if raised:
+            raise raised
+        metrics.close()
+    except (StopRequested, RuntimeError):
+        metrics.close()
+    assert tracker.told == told
+
+
 @pytest.fixture
 def batches(load, stage2_file, processor, model_folder, world):
     dataset = load(stage2_file, ENHANCE)
