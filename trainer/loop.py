@@ -35,7 +35,7 @@ def train(
         settings: of the run.
         num_steps: updates of the whole run.
         before_update: called with the step and its metrics while the weights are still the old ones.
-        after_update: the same after it; logs, evaluates, saves.
+        after_update: the same after it; logs, evaluates, saves, and raises StopRequested when asked to stop.
 
     Raises:
         NonFiniteUpdate: on every rank, before anything is updated; names the rows.

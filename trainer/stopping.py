@@ -96,7 +96,7 @@ def deadline(environment: Mapping[str, str], margin_s: float) -> float:
     if seconds <= margin_s:
         raise ValueError(
             f"stop_margin_s: {margin_s:g}, but the whole job has {seconds:g} seconds: it would stop before it began, "
-            "again after every requeue; ask for more time or lower stop_margin_s"
+            "again after every requeue; ask for more time, or lower stop_margin_s where a stage trains"
         )
     return math.inf if math.isnan(times[END_VARIABLE]) else times[END_VARIABLE] - margin_s
 

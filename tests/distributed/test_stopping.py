@@ -27,6 +27,7 @@ SAID = {
     "evaluation": ("stopped by the stop file in evaluation", 1, ["step-000001", "step-000002"]),
     "owed evaluation": ("stopped by SIGUSR1 in evaluation", 1, ["step-000001", "step-000002"]),
     "saving": ("stopped by SIGTERM after update 3 of 4", 3, [f"step-00000{step}" for step in (1, 2, 3)]),
+    "last evaluation": ("stopped by SIGTERM in evaluation", 3, [f"step-00000{step}" for step in (2, 3, 4)]),
     "export": ("stopped by SIGTERM before the weights of ", 4, [f"step-00000{step}" for step in (2, 3, 4)]),
     "": ("done", 4, [f"step-00000{step}" for step in (2, 3, 4)]),
 }

@@ -16,6 +16,7 @@ from mede2.trainer.data.collate import Collator
 from mede2.trainer.data.layout import Layout
 from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.sampler import Sampler
+from mede2.trainer.metrics import Metrics
 from mede2.trainer.settings import ENHANCE, BatchArithmetic
 from mede2.trainer.stopping import ASKED_BY, StopRequested, Watcher, ask_to_requeue, deadline
 
@@ -102,6 +103,52 @@ def test_the_end_of_the_job_asks(watcher, monkeypatch):
     assert watcher.asked == 0
     watcher.install(margin_s=61.0)
     assert ASKED_BY[watcher.asked] == "the end of the job's time"
+
+
+def row(step: int) -> str:
+    return f'{{"step": {step}, "loss": 1.0}}\n'
+
+
+@pytest.mark.parametrize(
+    ("found", "first_step", "left", "warns"),
+    [([1, 2, 3], 3, [1, 2, 3], False), ([1, 2, 3, 4], 2, [1, 2], False), ([1, 2, 4], 4, [1, 2, 4], True),
+     ([1, 2, 2], 2, [1, 2, 2], True), ([1, 2], 4, [1, 2], True), ([], 4, [], False)],
+)  # fmt: skip
+def test_rows_that_are_missing_or_doubled_where_a_run_continues_are_told(
+    tmp_path, capsys, found, first_step, left, warns
+):
+    """But not those that another output holds, and later ones are taken out."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(map(row, found)))
+    Metrics(tmp_path, first_step, 9, "stage 2").close()
+    assert file.read_text() == "".join(map(row, left))
+    assert ("warning: " in capsys.readouterr().out) == warns
+
+
+class Tracker:
+    """Stands in for a run of Weights & Biases."""
+
+    def __init__(self):
+        self.told = []
+
+    def mark_preempting(self) -> None:
+        self.told.append("preempting")
+
+    def finish(self, exit_code: int) -> None:
+        self.told.append(exit_code)
+
+
+@pytest.mark.parametrize(("raised", "told"), [(StopRequested, ["preempting", 1]), (RuntimeError, [1]), (None, [0])])
+def test_a_stopped_run_is_preempted_to_those_who_watch_it_not_failed(tmp_path, raised, told):
+    tracker = Tracker()
+    metrics = Metrics(tmp_path, 0, 9, "stage 2", tracker)
+    try:
+        if raised:
+            raise raised
+        metrics.close()
+    except (StopRequested, RuntimeError):
+        metrics.close()
+    assert tracker.told == told
 
 
 @pytest.fixture

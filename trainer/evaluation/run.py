@@ -17,7 +17,7 @@ from mede2.trainer.evaluation.store import write_evaluation
 from mede2.trainer.questions.benchmarks import parse_benchmark
 from mede2.trainer.questions.cases import read_system
 from mede2.trainer.questions.rows import Row
-from mede2.trainer.stopping import watcher
+from mede2.trainer.stopping import EXIT_CODES, watcher
 
 SERVED = re.compile(r"(?P<model>.+)@(?P<url>https?://.+)")
 
@@ -34,7 +34,7 @@ launch/evaluate.py run ...` shares the answers out over ranks. A model that does
 a server, NAME=MODEL@URL."""
 
 
-@click.command("run", help=HELP, short_help=__doc__)
+@click.command("run", help=HELP, short_help=__doc__, epilog=EXIT_CODES)
 @option(
     "--model",
     "models",

@@ -17,7 +17,7 @@ from mede2.trainer.preference.rubric import CRITERIA, DEFAULT, Rubric, read_rubr
 from mede2.trainer.preference.scored import read_samples
 from mede2.trainer.questions.cases import read_cases
 from mede2.trainer.questions.rows import write_rows
-from mede2.trainer.stopping import watcher
+from mede2.trainer.stopping import EXIT_CODES, watcher
 
 SERVED = re.compile(r"(?P<model>.+)@(?P<url>https?://.+)")
 HELP = """Scores for each answer on the rubric's criteria, 1 to 5, with evidence from its text.
@@ -30,7 +30,7 @@ command again continues where it was stopped, and one with a judge more asks tha
 run again than read back."""
 
 
-@click.command("judge", help=HELP, short_help=__doc__)
+@click.command("judge", help=HELP, short_help=__doc__, epilog=EXIT_CODES)
 @click.option("--cases", "cases_file", required=True, metavar="FILE", help="cases.jsonl")
 @click.option("--samples", required=True, metavar="FILE", help="samples.jsonl")
 @click.option("--output", required=True, metavar="FILE", help="judgements.jsonl")

@@ -13,7 +13,7 @@ from mede2.trainer.answering.options import LOCAL_OPTIONS, SERVER_OPTIONS, askin
 from mede2.trainer.data.images import parse_window
 from mede2.trainer.questions.cases import read_cases, read_system
 from mede2.trainer.questions.rows import Row, write_rows
-from mede2.trainer.stopping import watcher
+from mede2.trainer.stopping import EXIT_CODES, watcher
 
 
 def write_samples(output: Path, jobs: Sequence[Job], answers: Sequence[Row], model: str, settings: Row) -> None:
@@ -40,7 +40,7 @@ on its way from the server when the command was killed, or the connection cut, i
 whole at the end, in the order of the cases."""
 
 
-@click.command("sample", help=HELP, short_help=__doc__)
+@click.command("sample", help=HELP, short_help=__doc__, epilog=EXIT_CODES)
 @option("--cases", "cases_file", required=True, metavar="FILE", help="cases.jsonl")
 @option("--output", required=True, metavar="FILE", help="samples.jsonl")
 @option("--model", required=True, metavar="NAME", help="Model folder or hub name, or the server's name for its model.")
