@@ -75,8 +75,9 @@ def _run(stage: int, ds: str, recipe: str | None, assignments, train, dry_run, f
 
     layers = [(f"recipe {recipe}", from_recipe), ("flag", given), ("--set", overrides)]
     own_records = any("train" in layer for _, layer in layers)
-    resolve(stage, layers)  # what the user wrote is checked before anything slow is imported
+    hang_minutes = resolve(stage, layers).settings.hang_minutes  # all is checked before anything slow is imported
 
+    from mede2.trainer import watchdog
     from mede2.trainer.demo import defaults
     from mede2.trainer.policy import quiet_transformers
     from mede2.trainer.run import run_stage
@@ -85,9 +86,14 @@ def _run(stage: int, ds: str, recipe: str | None, assignments, train, dry_run, f
     if not own_records and not from_recipe:
         layers.insert(0, ("embedded default", defaults.recipe(stage)))
     quiet_transformers()
-    world = join_world()
-    run_stage(resolve(stage, layers), ds, world)
-    world.leave()  # after an error the others may not get here: then the process just exits
+    watchdog.start(int(os.environ.get("RANK", "0")), hang_minutes)
+    try:
+        watchdog.beat("joining the other ranks")
+        world = join_world(watchdog.collective_minutes(hang_minutes))
+        run_stage(resolve(stage, layers), ds, world)
+        world.leave()  # after an error the others may not get here: then the process just exits
+    finally:
+        watchdog.stop()
 
 
 def _number_or_text(name: str, text: str) -> int | float | str:

@@ -19,6 +19,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import Tensor
 
 from mede2.trainer.adapters import adapter_tensors, whole_tensors
+from mede2.trainer.gradients import clear_gradients
 from mede2.trainer.losses import sum_by_sequence
 from mede2.trainer.policy import Policy, part_of
 from mede2.trainer.settings import BatchArithmetic, Settings
@@ -95,6 +96,7 @@ def fill_deepspeed_config(
         "gradient_accumulation_steps": ("global_batch_size, micro_batch_size and ranks", batch.grad_accum_steps),
         "gradient_clipping": ("max_grad_norm", settings.max_grad_norm),
         "bf16.enabled": ("dtype", bf16),
+        "bf16.check_grad_overflow": ("on_non_finite", True),
     }
     sizes = {
         "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
@@ -290,16 +292,28 @@ class Engine:
         """Apply the accumulated gradients; returns their global norm before clipping.
 
         Raises:
-            NonFiniteUpdate: on every rank, if on any rank the engine left the weights as they were, as ZeRO-3 does
-                without a word when the norm is not finite.
+            NonFiniteUpdate: on every rank, if on any rank the engine left the weights as they were, as it does without
+                a word when the norm is not finite. It has counted that, and the gradients are gone.
         """
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
         applied = self.deepspeed.was_step_applied() and norm == norm and abs(norm) != float("inf")
         if self.world.sum({"skipped": float(not applied)})["skipped"]:
+            clear_gradients(self.deepspeed.optimizer)  # its own cleaning leaves those of an offload in bf16
             raise NonFiniteUpdate("the gradient norm is not finite")
         return norm
+
+    def discard(self) -> None:
+        """Let go of the accumulated gradients in place of an update, and count that as the engine counts its own."""
+        clear_gradients(self.deepspeed.optimizer)
+        self.deepspeed.skipped_steps += 1
+        self.deepspeed.global_steps += 1
+
+    @property
+    def num_skipped(self) -> int:
+        """Updates that were left out since the run began; checkpoints carry it."""
+        return self.deepspeed.skipped_steps
 
     def state_dict(self, adapter_only: bool = False) -> dict[str, Tensor] | None:
         """The whole model, an adapter merged into it, on rank 0's host under transformers' names; None elsewhere. All

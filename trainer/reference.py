@@ -69,7 +69,7 @@ def compute(engine: Engine, batches: Batches, folder: Path, components: dict[str
     share: dict[int, list[float]] = {}
     engine.deepspeed.eval()
     steps = range(batches.sampler.steps_per_epoch)
-    feed = batches.feed(steps)
+    feed = batches.feed(steps, "reference batch")
     for step in steps:
         for micro_batch in feed.micro_batches(step):
             micro_batch = micro_batch.to(engine.world.device, engine.dtype)

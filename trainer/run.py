@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mede2.trainer import reference
+from mede2.trainer import reference, watchdog
 from mede2.trainer.checkpoint import load_checkpoint, save_checkpoint
 from mede2.trainer.data.batches import Batches, Feed
 from mede2.trainer.data.dataset import write_bad_rows
@@ -21,6 +21,7 @@ from mede2.trainer.loop import evaluate, train
 from mede2.trainer.metrics import Metrics, read_metrics
 from mede2.trainer.moved import MovedCheck
 from mede2.trainer.objectives import Enhance, Objective, elicit
+from mede2.trainer.pace import Pace
 from mede2.trainer.policy import PARTS, Policy, freeze, load_policy
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
 from mede2.trainer.rehearsal import rehearse
@@ -52,12 +53,14 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     output = Path(resolved.settings.output or f"runs/stage{resolved.stage}")
     if resolved.stage == ENHANCE and resolved.settings.model is None:
         resolved = _start_from_stage1(resolved, deepspeed_file, output, world)
+    watchdog.phase("checking settings and data")
     run = prepare(resolved, deepspeed_file, output, world)
     for line in describe(run):
         world.say(line)
     if run.settings.dry_run:
         world.say("dry run: nothing was trained")
         return None
+    watchdog.phase("looking for a checkpoint")
     checkpoint = find_checkpoint(run)
     check_nvme(run.config, resumes=checkpoint is not None)
     if checkpoint is None and world.on_main((output / SUMMARY).exists):
@@ -72,13 +75,16 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     feed = run.train.feed(range(first_step, run.num_steps))  # forks its workers, so before there is an engine
     objective, held_out_objective, engine = _objectives_and_engine(run)
     if checkpoint:
+        watchdog.phase("loading the checkpoint")
         load_checkpoint(engine, checkpoint)
         objective.load_state_dict(checkpoint.objective)
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
     _train(run, engine, objective, held_out_objective, feed)
     rows = world.on_main(lambda: read_metrics(output / "metrics.jsonl"))
     last = rows[-1] if rows else {}  # none where a finished checkpoint continues in a new output
+    watchdog.phase("exporting")
     difference = _export(run, engine, last)
+    watchdog.phase("finishing")
     seconds = time.perf_counter() - started
     summary = {
         "stage": run.stage, "updates": run.num_steps, "world_size": world.size, "seconds": round(seconds, 1),
@@ -119,7 +125,8 @@ def _write_inputs(run: Prepared) -> None:
 
 def closing_summary(first: dict[str, float], last: dict[str, float]) -> list[str]:
     """The numbers that matter, from the first to the last update, then those of the held-out records."""
-    moved = [f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in first if name.startswith(("loss", "rewards/"))]
+    names = [name for name in first if name.startswith(("loss", "rewards/")) and name in last]  # not of one left out
+    moved = [f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
     held_out = [f"{name} {value:.4g}" for name, value in last.items() if name.startswith(("eval/loss", "eval/rewards"))]
     return ["  ".join(line) for line in (moved, held_out) if line]
 
@@ -205,6 +212,7 @@ def _reference_engine(run: Prepared) -> Engine:
 
 
 def _load(run: Prepared, folder: Path, adapter: Settings | Path | None = None, quantize: str | None = None) -> Policy:
+    watchdog.phase(f"loading {folder}")
     return load_policy(
         folder, dtype=run.dtype, attention=run.settings.attention, implementation=run.implementation,
         deepspeed_config=run.config, activation_checkpointing=run.settings.activation_checkpointing,
@@ -222,6 +230,7 @@ def _train(
     if world.is_main:
         tracker = started_run() if settings.wandb else None
         watch = Metrics(run.output, feed.steps.start, run.num_steps, f"stage {run.stage}", tracker)
+    pace = Pace(world, feed, settings.pace_every)
     check_moved = None if on_nvme(run.config) else MovedCheck(engine)
     if check_moved is None:
         world.say("offload to NVMe: whether all that trains moves is not checked")
@@ -234,8 +243,9 @@ def _train(
     def after_update(step: int, metrics: dict[str, float]) -> None:
         done = step + 1
         seconds = watch.lap() if watch else 0.0
-        if check_moved and check_moved.waiting:
+        if check_moved and check_moved.waiting and "grad_norm" in metrics:  # not left out
             check_moved(has_image=run.train.totals(step).num_with_image > 0)
+        metrics |= pace(done)
         metrics["epoch"] = done / run.train.sampler.steps_per_epoch
         if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
             metrics |= evaluate(engine, held_out_objective, run.held_out)
@@ -243,6 +253,7 @@ def _train(
         if watch:
             watch.row(done, metrics, seconds)
         if done == run.num_steps or (settings.save_every and done % settings.save_every == 0):
+            watchdog.phase(f"writing the checkpoint of update {done}")
             save_checkpoint(
                 engine, run.output / "checkpoints", done, run.identity, objective.state_dict(),
                 settings.keep_checkpoints, settings.keep_every,
@@ -252,6 +263,7 @@ def _train(
 
     try:
         if feed.steps:
+            watchdog.phase("rehearsing the longest micro-batch")
             rehearse(engine, objective, run.train, feed.steps)
         train(
             engine, objective, feed, settings, num_steps=run.num_steps,
