@@ -6,11 +6,12 @@ The main thread says what it begins (`beat`, `phase`); a thread of its own watch
   GRACE_S more. The others wait for it in a collective, so they fall silent and speak at about the same time.
 - A rank that hangs in a phase (checking data, loading, saving, exporting): PHASE_MINUTES, or `hang_minutes` if that is
   more.
-- A rank that dies: under gloo the others get a connection error in their next collective, and their traceback is the
-  stack. Under NCCL they hang in it; the launcher notices the death within a second or so and sends SIGTERM, which
-  Python handlers do not see from within a collective, but the thread does. After TERM_S of silence it writes the
-  stacks, and ends the rank unless what it does may take that long (a phase; a micro-batch slower than usual): then the
-  launcher's KILL, 30 s after its TERM, ends it. A death that no launcher notices is a hang.
+- A rank that dies: the others hang in their next collective; under gloo only until the dead rank's data workers, which
+  hold its sockets too, have noticed and are gone, in 5 s: then a connection error is raised, and its traceback is the
+  stack. The launcher notices the death within a second or so and sends SIGTERM, which a Python handler (stopping.py)
+  does not see from within a collective, but the thread does. After TERM_S of silence it writes the stacks, and ends the
+  rank when the silence is TERM_S longer than twice the longest so far; in a phase, whose length tells nothing, the
+  launcher's KILL ends it, 30 s after its TERM. A death that no launcher notices is a hang.
 
 The process group's own timeout (`collective_minutes`) is longer, as NCCL's thread aborts a process without a word of
 where it was; TORCH_NCCL_ASYNC_ERROR_HANDLING need not be set (its default tears the process down, too).
@@ -77,7 +78,7 @@ class Watchdog:
         self.signals, sender = socket.socketpair()
         sender.setblocking(False)
         self.sender, self.signals_before = sender, signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        self.main_thread, self.ended = threading.current_thread(), False
+        self.main_thread, self.ended = threading.get_ident(), False
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
 
@@ -119,17 +120,18 @@ class Watchdog:
             self.told = True
             self._tell(f"got SIGTERM and has been busy for {silent_s:.0f} s since, with: {last.doing}")
         if not last.is_phase and silent_s > TERM_S + 2 * self.longest_s:
-            self._tell(f"got SIGTERM and is stuck in: {last.doing}; it ends", stacks=False)
+            self._tell(f"got SIGTERM and is stuck in: {last.doing}; it ends", with_stacks=False)
             self._exit()
 
-    def _tell(self, text: str, stacks: bool = True) -> None:
+    def _tell(self, text: str, with_stacks: bool = True) -> None:
         """Write a headline and the stacks of all threads in lines that name the rank, as all ranks share the log."""
         lines = [f"watchdog: {self.name} {text}"]
-        if stacks:
+        if with_stacks:
             with os.fdopen(os.memfd_create("stacks"), "rb") as file:  # in memory: the disks may be what hangs
                 faulthandler.dump_traceback(file)
                 file.seek(0)
-                lines += file.read().decode(errors="replace").splitlines()
+                stacks = file.read().decode(errors="replace")
+            lines += stacks.replace(f"Thread 0x{self.main_thread:016x}", "Main thread").splitlines()
         rank = self.name.partition(" on ")[0]
         piece = b""
         for line in lines:
