@@ -1,5 +1,6 @@
 """The watchdog of one process: what it lets pass, what it ends, and what it leaves in the log."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -45,7 +46,7 @@ def test_silence_ends_the_process_with_its_stacks(watched):
     assert code == 1
     headline, *stacks = log.splitlines()
     assert headline.startswith("[rank 3] watchdog: rank 3 on ")
-    assert headline.endswith(" has given no sign of life for 1 s, since it began: update 7; it ends")
+    assert re.search(r" has given no sign of life for \d+ s, since it began: update 7; it ends$", headline)
     assert all(line.startswith("[rank 3] ") for line in stacks)
     main_thread = stacks.index("[rank 3] Main thread (most recent call first):")
     assert stacks[main_thread + 1].endswith("in lost_in_thought")
@@ -65,7 +66,7 @@ def test_a_phase_has_an_allowance_too(watched):
         lost_in_thought()
     """)
     assert code == 1
-    assert "no sign of life for 2 s, since it began: exporting; it ends" in log
+    assert re.search(r"no sign of life for \d+ s, since it began: exporting; it ends", log)
 
 
 def test_a_thread_that_keeps_the_interpreter_to_itself_is_seen(watched):
