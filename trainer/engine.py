@@ -96,7 +96,6 @@ def fill_deepspeed_config(
         "gradient_accumulation_steps": ("global_batch_size, micro_batch_size and ranks", batch.grad_accum_steps),
         "gradient_clipping": ("max_grad_norm", settings.max_grad_norm),
         "bf16.enabled": ("dtype", bf16),
-        "bf16.check_grad_overflow": ("on_non_finite", True),
     }
     sizes = {
         "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
@@ -130,6 +129,9 @@ def fill_deepspeed_config(
                 f"--ds: {field} is {given!r}, but a rank holds {share} values of the largest parameter: give that many "
                 'or more, or "auto"'
             )
+    for field in ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"):
+        if _get(filled, field) not in (True, None):
+            raise ValueError(f"--ds: {field}: remove it; on_non_finite needs DeepSpeed to look before an update")
     for field, value in sizes.items():
         if _get(filled, field) == "auto":
             _put(filled, field, value)
