@@ -83,6 +83,7 @@ def _run(stage: int, ds: str, recipe: str | None, assignments, train, dry_run, f
     settings = resolve(stage, layers).settings  # what the user wrote is checked before anything slow is imported
     watcher.install(settings.stop_margin_s)
 
+    from mede2.trainer import watchdog
     from mede2.trainer.demo import defaults
     from mede2.trainer.policy import quiet_transformers
     from mede2.trainer.run import run_stage
@@ -91,8 +92,13 @@ def _run(stage: int, ds: str, recipe: str | None, assignments, train, dry_run, f
     if not own_records and not from_recipe:
         layers.insert(0, ("embedded default", defaults.recipe(stage)))
     quiet_transformers()
-    with join_world() as world:
-        run_stage(resolve(stage, layers), ds, world)
+    watchdog.start(int(os.environ.get("RANK", "0")), settings.hang_minutes)
+    try:
+        watchdog.beat("joining the other ranks")
+        with join_world(watchdog.collective_minutes(settings.hang_minutes)) as world:
+            run_stage(resolve(stage, layers), ds, world)
+    finally:
+        watchdog.stop()
 
 
 def _number_or_text(name: str, text: str) -> int | float | str:

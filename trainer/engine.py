@@ -19,6 +19,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import Tensor
 
 from mede2.trainer.adapters import adapter_tensors, whole_tensors
+from mede2.trainer.gradients import clear_gradients
 from mede2.trainer.losses import sum_by_sequence
 from mede2.trainer.policy import Policy, part_of
 from mede2.trainer.settings import BatchArithmetic, Settings
@@ -128,6 +129,9 @@ def fill_deepspeed_config(
                 f"--ds: {field} is {given!r}, but a rank holds {share} values of the largest parameter: give that many "
                 'or more, or "auto"'
             )
+    for field in ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"):
+        if _get(filled, field) not in (True, None):
+            raise ValueError(f"--ds: {field}: remove it; on_non_finite needs DeepSpeed to look before an update")
     for field, value in sizes.items():
         if _get(filled, field) == "auto":
             _put(filled, field, value)
@@ -295,16 +299,28 @@ class Engine:
         """Apply the accumulated gradients; returns their global norm before clipping.
 
         Raises:
-            NonFiniteUpdate: on every rank, if on any rank the engine left the weights as they were, as ZeRO-3 does
-                without a word when the norm is not finite.
+            NonFiniteUpdate: on every rank, if on any rank the engine left the weights as they were, as it does without
+                a word when the norm is not finite. It has counted that, and the gradients are gone.
         """
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
         applied = self.deepspeed.was_step_applied() and norm == norm and abs(norm) != float("inf")
         if self.world.sum({"skipped": float(not applied)})["skipped"]:
+            clear_gradients(self.deepspeed.optimizer)  # its own cleaning leaves those of an offload in bf16
             raise NonFiniteUpdate("the gradient norm is not finite")
         return norm
+
+    def discard(self) -> None:
+        """Let go of the accumulated gradients in place of an update, and count that as the engine counts its own."""
+        clear_gradients(self.deepspeed.optimizer)
+        self.deepspeed.skipped_steps += 1
+        self.deepspeed.global_steps += 1
+
+    @property
+    def num_skipped(self) -> int:
+        """Updates that were left out since the run began; checkpoints carry it."""
+        return self.deepspeed.skipped_steps
 
     def state_dict(self, adapter_only: bool = False) -> dict[str, Tensor] | None:
         """The whole model, an adapter merged into it, on rank 0's host under transformers' names; None elsewhere. All

@@ -71,7 +71,7 @@ def compute_features(
     share: dict[str, Tensor] = {}
     engine.deepspeed.eval()
     steps = range(batches.sampler.steps_per_epoch)
-    feed = batches.feed(steps)
+    feed = batches.feed(steps, "image batch")
     for step in steps:
         world.stop_if_asked("while the vision tower ran over the images")
         for micro_batch in feed.micro_batches(step):

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from mede2.kernels.logps import choose_implementation
+from mede2.trainer import watchdog
 from mede2.trainer.checkpoint import Checkpoint, checkpoint_folders, first_whole
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.collate import Collator
@@ -90,6 +91,7 @@ class Prepared:
     def load(self, folder: Path, adapter: Settings | Path | None = None, quantize: str | None = None) -> Policy:
         """A policy from `folder` as this run's settings want it; see `load_policy`."""
         self.world.stop_if_asked(f"before the weights of {folder} were loaded")
+        watchdog.phase(f"loading {folder}")
         return load_policy(
             folder, dtype=self.dtype, attention=self.settings.attention, implementation=self.implementation,
             deepspeed_config=self.config, activation_checkpointing=self.settings.activation_checkpointing,

@@ -87,7 +87,7 @@ def compute(engine: Engine, batches: Batches, folder: Path, components: dict[str
     share: dict[int, list[float]] = {}
     asked = None
     engine.deepspeed.eval()
-    feed = batches.feed(steps)
+    feed = batches.feed(steps, "reference batch")
     for step in steps:
         for micro_batch in feed.micro_batches(step):
             micro_batch = micro_batch.to(engine.world.device, engine.dtype)

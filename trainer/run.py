@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from mede2.trainer import watchdog
 from mede2.trainer.checkpoint import load_checkpoint, save_checkpoint
 from mede2.trainer.data.batches import Feed
 from mede2.trainer.data.dataset import write_bad_rows
@@ -19,6 +20,7 @@ from mede2.trainer.metrics import Metrics, read_metrics
 from mede2.trainer.moved import MovedCheck
 from mede2.trainer.objectives import Enhance, Objective, elicit
 from mede2.trainer.once import compute_once
+from mede2.trainer.pace import Pace
 from mede2.trainer.policy import PARTS, freeze
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, for_this_world, prepare, settings_yaml
 from mede2.trainer.rehearsal import rehearse
@@ -52,12 +54,14 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     output = Path(resolved.settings.output or f"runs/stage{resolved.stage}")
     if resolved.stage == ENHANCE and resolved.settings.model is None:
         resolved = _start_from_stage1(resolved, deepspeed_file, output, world)
+    watchdog.phase("checking settings and data")
     run = prepare(resolved, deepspeed_file, output, world)
     for line in describe(run):
         world.say(line)
     if run.settings.dry_run:
         world.say("dry run: nothing was trained")
         return None
+    watchdog.phase("looking for a checkpoint")
     checkpoint = find_checkpoint(run)
     check_nvme(run.config, resumes=checkpoint is not None)
     if checkpoint is None and world.on_main((output / SUMMARY).exists):
@@ -76,13 +80,16 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     objective, held_out_objective = _objectives(run, values)
     engine = _engine(run)
     if checkpoint:
+        watchdog.phase("loading the checkpoint")
         load_checkpoint(engine, checkpoint)
         objective.load_state_dict(checkpoint.objective)
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
     _train(seen, engine, objective, held_out_objective, feed, checkpoint.owed if checkpoint else None)
     rows = world.on_main(lambda: read_metrics(output / "metrics.jsonl"))
     last = rows[-1] if rows else {}  # none where a finished checkpoint continues in a new output
+    watchdog.phase("exporting")
     difference = _export(run, engine, last)
+    watchdog.phase("finishing")
     seconds = time.perf_counter() - started
     summary = {
         "stage": run.stage, "updates": run.num_steps, "world_size": world.size, "seconds": round(seconds, 1),
@@ -123,7 +130,8 @@ def _write_inputs(run: Prepared) -> None:
 
 def closing_summary(first: dict[str, float], last: dict[str, float]) -> list[str]:
     """The numbers that matter, from the first to the last update, then those of the held-out records."""
-    moved = [f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in first if name.startswith(("loss", "rewards/"))]
+    names = [name for name in first if name.startswith(("loss", "rewards/")) and name in last]  # not of one left out
+    moved = [f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
     held_out = [f"{name} {value:.4g}" for name, value in last.items() if name.startswith(("eval/loss", "eval/rewards"))]
     return ["  ".join(line) for line in (moved, held_out) if line]
 
@@ -158,6 +166,7 @@ def _train(
     if world.is_main:
         tracker = started_run() if settings.wandb else None
         watch = Metrics(run.output, feed.steps.start - bool(owed), run.num_steps, f"stage {run.stage}", tracker)
+    pace = Pace(world, feed, settings.pace_every)
     check_moved = None if on_nvme(run.config) else MovedCheck(engine)
     if check_moved is None:
         world.say("offload to NVMe: whether all that trains moves is not checked")
@@ -170,8 +179,9 @@ def _train(
     def after_update(step: int, metrics: dict[str, float]) -> None:
         done = step + 1
         seconds = watch.lap() if watch else 0.0
-        if check_moved and check_moved.waiting:
+        if check_moved and check_moved.waiting and "grad_norm" in metrics:  # not left out
             check_moved(has_image=run.train.totals(step).num_with_image > 0)
+        metrics |= pace(done)
         metrics["epoch"] = done / run.train.sampler.steps_per_epoch
         try:
             complete(done, metrics, seconds)
@@ -196,6 +206,7 @@ def _train(
     def save(done: int, owed: dict[str, float] | None = None) -> None:
         if watch:
             watch.sync()
+        watchdog.phase(f"writing the checkpoint of update {done}")
         save_checkpoint(
             engine, run.output / "checkpoints", done, run.identity, objective.state_dict(),
             settings.keep_checkpoints, settings.keep_every, owed,
@@ -206,6 +217,7 @@ def _train(
             complete(feed.steps.start, owed, owed["step_ms"] / 1e3)
         world.stop_if_asked(f"before update {feed.steps.start + 1} of {run.num_steps}")
         if feed.steps:
+            watchdog.phase("rehearsing the longest micro-batch")
             rehearse(engine, objective, run.train, feed.steps)
         train(
             engine, objective, feed, settings, num_steps=run.num_steps,

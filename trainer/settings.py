@@ -96,6 +96,17 @@ class Settings:
     seed: int = _setting(
         0, "Seed of the data order and of every random number generator.", at_least=0, at_most=2**63 - 1
     )
+    hang_minutes: float = _setting(
+        15.0,
+        "A rank without a sign of life (a micro-batch, an update, its data) for so long counts as hung: its stacks go "
+        "into the log and the run ends with 1. Loading, checking, saving and exporting may take two hours.",
+        above=0,
+        harmless=True,
+    )
+    pace_every: int = _setting(
+        50, "Compare the speed of the ranks every so many updates and name a slow one (0: never).",
+        at_least=0, harmless=True,
+    )  # fmt: skip
     save_every: int = _setting(0, "Checkpoint every so many updates (0: only at the end).", at_least=0, harmless=True)
     keep_checkpoints: int = _setting(3, "Newest checkpoints that are kept (0: all).", at_least=0, harmless=True)
     keep_every: int = _setting(
@@ -173,6 +184,17 @@ class Settings:
     adam_epsilon: float = _setting(1e-8, "Adam's epsilon.", above=0)
     weight_decay: float = _setting(0.0, "Decoupled weight decay; norms and biases are exempt.", at_least=0)
     max_grad_norm: float = _setting(1.0, "Gradient norm above which gradients are scaled down (0: never).", at_least=0)
+    on_non_finite: str = _setting(
+        "stop",
+        "A loss or gradient that is not finite. stop: end the run before the update; skip: leave the update out and "
+        "name its rows.",
+        choices=("stop", "skip"),
+        harmless=True,
+    )
+    max_skipped: int = _setting(
+        10, "Updates that on_non_finite=skip may leave out in all before the run ends after all.",
+        at_least=0, harmless=True,
+    )  # fmt: skip
     scheduler: str = _setting("cosine", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = _setting(
         0.05, "Share of the updates in which the learning rate rises.", at_least=0, at_most=1

@@ -88,10 +88,14 @@ class World:
             torch.distributed.destroy_process_group()
 
 
-def join_world(timeout_minutes: int = 30) -> World:
+def join_world(timeout_minutes: float = 30) -> World:
     """Join the ranks that the launcher started (`deepspeed`, `torchrun`, SLURM), or be the only one.
 
     DeepSpeed reads the same environment; a process started by plain python gets it filled in here.
+
+    Args:
+        timeout_minutes: longest wait for the others in a collective. Then gloo raises, and NCCL's own thread ends the
+            process, whatever it waits in.
     """
     rank, size = int(os.environ.setdefault("RANK", "0")), int(os.environ.setdefault("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
