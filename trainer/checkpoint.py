@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import hash_file, write_json
+from mede2.trainer.unpickling import tensors_only
 from mede2.trainer.world import World
 
 MARKER = "complete.json"  # the manifest, written last; a folder without it is not a checkpoint
@@ -204,7 +205,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     """Put the engine and the random number generators back to where the checkpoint left them.
 
     Raises:
-        ValueError: the checkpoint was written by another number of ranks.
+        ValueError: the checkpoint was written by another number of ranks, or holds what is neither tensor nor value.
     """
     if checkpoint.world_size != engine.world.size:
         raise ValueError(
@@ -212,7 +213,8 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
             f"{engine.world.size}; start as many, or start over with --resume never"
         )
     folder, tag = checkpoint.path.parent, checkpoint.path.name
-    loaded, _ = engine.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)
+    with tensors_only(checkpoint.path):
+        loaded, _ = engine.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)
     if loaded is None:
         raise ValueError(f"resume: DeepSpeed finds nothing to load in {checkpoint.path}")
     states = load_file(checkpoint.path / _generator_file(engine.world.rank))

@@ -159,7 +159,7 @@ def make_case(adapter: Adapter, source: str, number: int, row: Row, folder: Path
             if stray := MARK.search(part.get("text", "")):
                 raise BadRow(source, f"{stray[0]} stands in the text, and the row has no such image", "image")
     prompt = parse_prompt(source, messages)
-    paths = parse_images(source, shown, prompt, folder)
+    paths = parse_images(source, shown, prompt, folder, store)
     for path in paths:
         if not path.is_file():
             raise BadRow(source, f"image {path}: no such file", "image")
