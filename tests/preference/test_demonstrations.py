@@ -219,7 +219,8 @@ def test_lengths_in_tokens_of_a_model(run):
     assert "control token <|im_end|>" in left_out[1]["detail"]
 
 
-def test_images_are_found_from_the_new_folder(run, write_image, load, tmp_path):
+def test_images_are_found_from_the_new_folder(run, write_image, load, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDE2_IMAGE_ROOT", str(tmp_path))
     (tmp_path / "in" / "images").mkdir(parents=True)
     write_image(tmp_path / "in" / "images" / "a.png")
     _, (taken,), left_out = run([case(prompt=IMAGE, images=["images/a.png"])], "--with-images")

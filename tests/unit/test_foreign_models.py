@@ -109,7 +109,8 @@ def test_a_map_deep_in_a_config_is_found(folder):
 
 def test_no_line_of_ours_trusts_remote_code_or_loads_without_saying_safetensors():
     root = Path(__file__).parents[2]
-    for path in (path for part in ("launch", "trainer", "kernels", "benchmarks") for path in (root / part).rglob("*.py")):
+    files = [path for part in ("launch", "trainer", "kernels", "benchmarks") for path in (root / part).rglob("*.py")]
+    for path in files:
         text = path.read_text(encoding="utf-8")
         assert "trust_remote_code" not in text, path
         for call in ("AutoModelForImageTextToText.from_pretrained(", "ForConditionalGeneration.from_pretrained("):

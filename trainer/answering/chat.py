@@ -56,7 +56,7 @@ class Reply:
 
 
 def check_address(base_url: str) -> None:
-    """Raise ValueError unless this can be the address of a server, with nothing secret in it: it is told and written."""
+    """Raise ValueError unless this can be the address of a server, with nothing secret in it."""
     if has_credentials(base_url) or "?" in base_url:
         raise ValueError(
             f"--base-url {without_secrets(base_url).partition('?')[0]!r}: an address without user, password or query, "

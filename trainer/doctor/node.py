@@ -61,9 +61,8 @@ def versions() -> Finding:
             wrong.append(f"{requirement.name} {there}, not {requirement.specifier}")
     if wrong:
         return Finding("versions", FAIL, "; ".join(wrong), "pip install -e . installs what belongs together")
-    return Finding(
-        "versions", OK, ", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in SHOWN)])
-    )
+    shown = ", ".join(f"{name} {version(name)}" for name in SHOWN)
+    return Finding("versions", OK, f"python {platform.python_version()}, {shown}")
 
 
 def gpus() -> Finding:
@@ -78,7 +77,8 @@ def gpus() -> Finding:
             )  # fmt: skip
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
         cores = len(os.sched_getaffinity(0))
-        return Finding("GPUs", WARN, f"none; runs go on the CPU ({cores} cores, {memory:.0f} GiB)", "slow beyond trials")
+        text = f"none; runs go on the CPU ({cores} cores, {memory:.0f} GiB)"
+        return Finding("GPUs", WARN, text, "that is slow, and enough for small models")
     names, busy = [], []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
