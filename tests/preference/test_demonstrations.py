@@ -238,8 +238,9 @@ def test_a_missing_image_leaves_the_row_out(run):
     assert [(found["reason"], "no such file" in found["detail"]) for found in left_out] == [("unusable", True)]
 
 
-def test_the_demo(demo_cases, tmp_path):
+def test_the_demo(demo_cases, tmp_path, monkeypatch):
     """Cases with pictures, and records of Stage I; what is written passes `check`."""
+    monkeypatch.setenv("MEDE2_IMAGE_ROOT", str(demo_cases.parent))
     records = write_stage1(tmp_path / "records", 40, seed=3)
     output = tmp_path / "taken.jsonl"
     arguments = ("--output", str(output), "--number", "24", "--model", str(BASE_MODEL), "--with-images")

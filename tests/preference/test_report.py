@@ -255,7 +255,7 @@ def test_from_answers_to_a_report(pairs, demo_cases, tmp_path, write_rows):
         ("judge", *given, "--output", str(judged)),
         ("select", *given, "--judgements", str(judged), "--output", str(paired)),
     ):
-        done = pairs(*arguments)
+        done = pairs(*arguments, MEDE2_IMAGE_ROOT=str(demo_cases.parent))
         assert done.returncode == 0, done.stdout
     labels = [
         {"case": one["case"], "sample": one["sample"], "rater": "Ada", "scores": {"reflection": 4}} for one in samples

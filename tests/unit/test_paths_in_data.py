@@ -11,6 +11,8 @@ from mede2.trainer.data.dataset import load_dataset
 from mede2.trainer.data.encoding import read_images
 from mede2.trainer.data.records import IMAGE_ROOT, BadRow, read_records
 from mede2.trainer.data.thumbnails import thumbnail
+from mede2.trainer.evaluation.answered import Evaluation
+from mede2.trainer.evaluation.store import read_evaluation, write_evaluation
 from mede2.trainer.preference.demonstrations import LeftOut, Limits, read_demonstration
 from mede2.trainer.preference.select import preference_row
 from mede2.trainer.questions.adapter import save_image
@@ -117,6 +119,18 @@ def test_rows_that_no_stage_could_read_are_not_written(places, row, write_rows, 
     assert read_demonstration("rows.jsonl:1", line, data, data, limits).row["images"] == ["film.png"]
     with pytest.raises(LeftOut, match="leads out of"):
         read_demonstration("rows.jsonl:1", line, data, output, limits)
+
+
+def test_an_evaluation_shows_no_file_that_it_was_not_asked_about(places, row, write_rows, write_image, tmp_path):
+    """Its questions name images by absolute paths, and it may be somebody else's."""
+    (case,) = read_cases(write_rows(tmp_path / "data" / "cases.jsonl", [row("film.png", id="1", answer="mass")]))
+    write_evaluation(Evaluation(("base",), {"own": {"1": case}}, [], {}), None, tmp_path / "out")
+    assert read_evaluation(tmp_path / "out")[0].benchmarks["own"]["1"].images == (tmp_path / "data" / "film.png",)
+    write_image(tmp_path / "secret.png", seed=5)
+    file = tmp_path / "out" / "questions.jsonl"
+    file.write_text(file.read_text().replace(str(tmp_path / "data" / "film.png"), str(tmp_path / "secret.png")))
+    with pytest.raises(ValueError, match=r"questions\.jsonl:1: image .*secret\.png is not the one that was asked"):
+        read_evaluation(tmp_path / "out")
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -43,7 +43,7 @@ def examine(output: Path, need_gib: float, model: str | None) -> list[str]:
         ])  # fmt: skip
         return report.failed
 
-    from mede2.trainer.doctor.ranks import bandwidth, clocks, shared, training_step
+    from mede2.trainer.doctor.ranks import bandwidth, clocks, shared
 
     mine = [(socket.gethostname(), check_node(output, need_gib, model))] if world.local_rank == 0 else []
     report(of_all_nodes([node for part in world.gather(mine) for node in part]))
@@ -53,6 +53,8 @@ def examine(output: Path, need_gib: float, model: str | None) -> list[str]:
     if set(SHARED_CHECKS) & set(report.failed):
         report([Finding("step", WARN, "not tried, for want of a folder that all ranks can write and read")])
     else:
+        from mede2.trainer.doctor.step import training_step
+
         name = world.on_main(lambda: f".doctor-step-{os.getpid()}")
         report([training_step(world, output / name)])
     world.leave()

@@ -15,7 +15,6 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from mede2.trainer.data.processing import locate_model
 from mede2.trainer.doctor.findings import FAIL, OK, WARN, Finding, worst
 
 GIB, MIB = 2**30, 2**20
@@ -171,6 +170,8 @@ def models(model: str | None) -> Finding:
     cache = Path(constants.HF_HUB_CACHE)
     where = f"{sum(1 for _ in cache.glob('models--*'))} models of the hub in {cache}"
     if model and Path(model).is_dir():
+        from mede2.trainer.data.processing import locate_model
+
         try:
             return Finding("models", OK, f"{locate_model(model)} is there")
         except ValueError as error:
