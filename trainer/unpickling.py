@@ -1,8 +1,14 @@
-"""DeepSpeed's checkpoint files, which are pickles, read as tensors and plain values alone: no file can run code."""
+"""DeepSpeed's checkpoint files, which are pickles, read as tensors and plain values alone: no file can run code.
 
+`python -m mede2.trainer.unpickling MODULE ARGUMENT...` runs a program of DeepSpeed that reads them in the same way.
+"""
+
+import multiprocessing
 import os
 import pkgutil
 import re
+import runpy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
@@ -45,3 +51,10 @@ def tensors_only(where: object) -> Iterator[None]:
             del os.environ[FORCED]
         else:
             os.environ[FORCED] = before
+
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("fork")  # so that its workers are held to it, too
+    sys.argv = sys.argv[1:]
+    with tensors_only("the checkpoint"):
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,6 +1,8 @@
 """A checkpoint's pickles make tensors and values, whatever DeepSpeed asks of torch, and a forged one runs nothing."""
 
 import os
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -68,3 +70,28 @@ def test_only_within(save, monkeypatch):
     with pytest.raises(ValueError, match="is not read"), tensors_only(file):
         torch.load(file, weights_only=False)
     assert os.environ[FORCED] == "true"
+
+
+def test_a_program_is_held_to_it_with_its_workers(tmp_path):
+    """As DeepSpeed's converter to the universal format reads them: in forked processes."""
+    (tmp_path / "converter.py").write_text(
+        "import sys, torch; from concurrent.futures import ProcessPoolExecutor\n"
+        "def read(file): return int(torch.load(file, weights_only=False)['step'])\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPoolExecutor(1) as workers: print('read', *workers.map(read, sys.argv[1:]))\n"
+    )
+    honest, forged = tmp_path / "honest.pt", tmp_path / "forged.pt"
+    torch.save({"step": torch.tensor(7)}, honest)
+    torch.save({"step": Touches(tmp_path / "touched")}, forged)
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(tmp_path)]))
+
+    def convert(file: Path) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "mede2.trainer.unpickling", "converter", str(file)]
+        environment = os.environ | {"PYTHONPATH": path}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    assert convert(honest).stdout.splitlines()[-1] == "read 7"
+    refused = convert(forged)
+    assert refused.returncode != 0
+    assert "a file of the checkpoint is not read" in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "touched").exists()

@@ -16,7 +16,6 @@ ALL_REDUCE_BYTES = {"cuda": 2**28, "cpu": 2**24}
 SLOW_GB_S = 5.0  # bus bandwidth of GPUs: less than a PCIe link or a 100 Gb/s network gives
 
 
-
 def clocks(world: World) -> Finding:
     """How far the ranks' clocks are apart, as far as a barrier can tell: the least of some rounds."""
     spreads = []
