@@ -1,5 +1,7 @@
 """Keys and passwords stand in no message, and no setting or address that is written may hold them."""
 
+import json
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -67,3 +69,14 @@ def test_commands_of_a_group_tell_none(monkeypatch, tmp_path):
     assert refused.exit_code != 0
     assert refused.output.startswith("Error: ")
     assert "hunter22" not in refused.output
+
+
+def test_a_key_in_the_file_of_deepspeed_is_refused(tmp_path):
+    from mede2.trainer.engine import read_deepspeed_file
+
+    file = tmp_path / "z3.json"
+    comet = {"enabled": True, "api_key": "hunter22"}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "comet": comet}))
+    with pytest.raises(ValueError, match=r"comet\.api_key: DeepSpeed prints its file") as told:
+        read_deepspeed_file(file)
+    assert "hunter22" not in str(told.value)
