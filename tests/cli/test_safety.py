@@ -73,11 +73,10 @@ def test_nor_what_the_steps_to_pairs_write(run, tmp_path):
     assert modes == {0o600}
 
 
-@pytest.mark.parametrize("kind", ["mp_rank_00_model_states.pt", "optim_states.pt"])
-def test_a_forged_checkpoint_runs_nothing(kind, command, output, tmp_path):
+def test_a_forged_checkpoint_runs_nothing(command, output, tmp_path):
     """Its manifest verifies: whoever forges the one forges the other."""
     forged = Path(shutil.copytree(output / "checkpoints" / "step-000001", tmp_path / "step-000001"))
-    (file,) = [path for path in forged.iterdir() if path.name.endswith(kind)]
+    (file,) = [path for path in forged.iterdir() if path.name.endswith("_optim_states.pt")]
     touched = tmp_path / "touched"
     state = torch.load(file, weights_only=False)
     torch.save(state | {"ds_version": Touches(touched)}, file)
@@ -90,14 +89,3 @@ def test_a_forged_checkpoint_runs_nothing(kind, command, output, tmp_path):
     assert f"a file of {forged} is not read" in done.stderr, done.stderr[-3000:]
     assert "(io.open) and could run code" in done.stderr
     assert not touched.exists()
-
-
-def test_an_honest_checkpoint_from_elsewhere_continues(command, output, tmp_path):
-    elsewhere = shutil.copytree(output / "checkpoints" / "step-000001", tmp_path / "step-000001")
-    done = command(tmp_path / "stage1", "--resume", str(elsewhere))
-    assert f"continuing {elsewhere} at update 1 of 2" in done.stdout
-    ours, theirs = (
-        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
-        for folder in (tmp_path / "stage1", output)
-    )
-    assert ours == theirs
