@@ -171,7 +171,7 @@ def train_trl(job: Job, gate: Gate, compact: bool, deepspeed: bool) -> None:
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     weights = DTYPES[job.dtype] if deepspeed else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(job.model, dtype=weights)
+    model = AutoModelForImageTextToText.from_pretrained(job.model, dtype=weights, use_safetensors=True)
     freeze(model, {part: part == "language_model" for part in PARTS})
 
     class AtTheGate(TrainerCallback):

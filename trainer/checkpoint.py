@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from mede2.trainer import other_world
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import hash_file, write_json
+from mede2.trainer.unpickling import tensors_only
 from mede2.trainer.world import World
 
 MARKER = "complete.json"  # the manifest, written last; a folder without it is not a checkpoint
@@ -215,15 +216,14 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     from the run's seed, their rank and the step.
 
     Raises:
-        ValueError: there is nothing to load.
+        ValueError: there is nothing to load, or it holds what is neither tensor nor value.
     """
     assert checkpoint.converted or checkpoint.world_size == engine.world.size
-    if checkpoint.converted:
-        other_world.load(engine, checkpoint.converted)
-    else:
-        folder, tag = checkpoint.path.parent, checkpoint.path.name
-        loaded, _ = engine.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)
-        if loaded is None:
+    folder, tag = checkpoint.path.parent, checkpoint.path.name
+    with tensors_only(checkpoint.path):
+        if checkpoint.converted:
+            other_world.load(engine, checkpoint.converted)
+        elif engine.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)[0] is None:
             raise ValueError(f"resume: DeepSpeed finds nothing to load in {checkpoint.path}")
     if engine.world.rank >= checkpoint.world_size:
         other_world.seed_generators(checkpoint.identity["settings"]["seed"], engine.world.rank, checkpoint.step)

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import click
 
+from mede2.trainer.redaction import without_secrets
 from mede2.trainer.resolution import parse_assignments, read_recipe, resolve
 from mede2.trainer.settings import FIELDS, STAGE_NAMES
 from mede2.trainer.stopping import EXIT_CODES, REQUEUE, USER_ERROR, StopRequested, ask_to_requeue, watcher
@@ -20,12 +21,20 @@ FLAGS = (
 )  # fmt: skip
 METAVARS = {"model": "PATH_OR_HUB_NAME", "eval": "FILE", "output": "DIR", "resume": "auto|never|PATH"}
 PATIENCE_S = 5.0
+NOT_FOR_OTHERS = 0o027  # what files and folders are made without: all for others, writing for the group
+
+
+def close_to_others() -> None:
+    """Let no file that a command makes be read by every user of the machine: rows, answers and pictures may be of
+    patients. The group, whom a site puts together for a project, may read; a stricter umask stays as it is."""
+    os.umask(os.umask(NOT_FOR_OTHERS) | NOT_FOR_OTHERS)
 
 
 def stage_command(stage: int) -> click.Command:
     """The click command of a stage."""
 
     def callback(ds, recipe, assignments, train, more_train, dry_run, local_rank, **flags):
+        close_to_others()
         try:
             if more_train and not train:
                 raise ValueError(f"{more_train[0]}: unexpected; training files follow --train")
@@ -135,6 +144,7 @@ class Commands(click.Group):
         return importlib.import_module(self.modules[name]).command if name in self.modules else None
 
     def invoke(self, context: click.Context):
+        close_to_others()
         try:
             return super().invoke(context)
         except ValueError as error:
@@ -148,11 +158,11 @@ class Commands(click.Group):
 
 
 def fail(message: str) -> NoReturn:
-    """Print one error and exit with USER_ERROR. Rank 0 has the first word; when another rank is still there after a
-    while, the fault is its own and it speaks itself."""
+    """Print one error, without what is secret in it, and exit with USER_ERROR. Rank 0 has the first word; when another
+    rank is still there after a while, the fault is its own and it speaks itself."""
     if _rank():
         time.sleep(PATIENCE_S)
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {without_secrets(message)}", err=True)
     sys.exit(USER_ERROR)
 
 

@@ -22,6 +22,7 @@ from mede2.trainer.adapters import adapter_tensors, whole_tensors
 from mede2.trainer.gradients import clear_gradients
 from mede2.trainer.losses import sum_by_sequence
 from mede2.trainer.policy import Policy, part_of
+from mede2.trainer.redaction import SECRET_NAMES
 from mede2.trainer.settings import BatchArithmetic, Settings
 from mede2.trainer.world import World
 
@@ -65,6 +66,8 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
     for section in ("zero_optimization", "bf16"):
         if not isinstance(config.get(section, {}), dict):
             raise ValueError(f"--ds {path}: {section}: {config[section]!r} is not a JSON object")
+    if secret := [field for field in _paths(config) if field.upper().endswith(SECRET_NAMES)]:
+        raise ValueError(f"--ds {path}: {secret[0]}: DeepSpeed prints its file; give it by an environment variable")
     stage = _get(config, "zero_optimization.stage")
     if stage not in (1, 2, 3):
         raise ValueError(f"--ds {path}: zero_optimization.stage: {stage!r} is not 1, 2 or 3")

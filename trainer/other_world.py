@@ -59,7 +59,8 @@ def convert(path: Path, step: int, folder: Path, world: World) -> Path:
         _check_room(path, folder)
         partial = Path(tempfile.mkdtemp(prefix=f".step-{step:06d}.universal-", suffix=".partial", dir=folder))
         num_workers = str(_num_workers(path))
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command = [sys.executable, "-m", "mede2.trainer.unpickling", "deepspeed.checkpoint.ds_to_universal"]
+        command += ["--inject_missing_state"]
         command += ["--num_extract_workers", num_workers, "--num_merge_workers", num_workers]
         # relative, as the program takes folders for patterns, and finds nothing where one has a bracket in its name
         command += ["--input_folder", os.path.relpath(path, partial), "--output_folder", CONVERTED]

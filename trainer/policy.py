@@ -184,7 +184,7 @@ def _load_model(folder: Path, dtype: torch.dtype, attention: str, quantization: 
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, quantization_config=quantization,
-            output_loading_info=True, ignore_mismatched_sizes=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True,
         )  # fmt: skip
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"model: {folder} does not load: {error}") from error

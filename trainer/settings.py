@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mede2.trainer.redaction import has_credentials
 from mede2.trainer.stopping import MARGIN_S
 
 ELICIT, ENHANCE = 1, 2
@@ -355,6 +356,8 @@ def _check_value(item, value) -> None:
     if rules["choices"] and (unknown := [repr(name) for name in names if name not in rules["choices"]]):
         raise ValueError(f"{item.name}: {', '.join(unknown)} is not one of {', '.join(rules['choices'])}")
     for where, part in _parts(item.name, value):
+        if isinstance(part, str) and has_credentials(part):
+            raise ValueError(f"{where}: an address with a user or password in it; settings are told and written")
         if isinstance(part, float) and not math.isfinite(part):
             raise ValueError(f"{where}: {part} is not a finite number")
         for rule, holds, words in (

@@ -23,6 +23,7 @@ from mede2.trainer.answering.progress import Progress
 from mede2.trainer.data.images import Window, load_image
 from mede2.trainer.data.records import Message
 from mede2.trainer.questions.rows import Row, tell
+from mede2.trainer.redaction import has_credentials, without_secrets
 from mede2.trainer.stopping import watcher
 
 BAD_QUESTION = (400, 413, 422)  # the server understood and will not answer this one; others it may
@@ -56,7 +57,12 @@ class Reply:
 
 
 def check_address(base_url: str) -> None:
-    """Raise ValueError unless this can be the address of a server."""
+    """Raise ValueError unless this can be the address of a server, with nothing secret in it."""
+    if has_credentials(base_url) or "?" in base_url:
+        raise ValueError(
+            f"--base-url {without_secrets(base_url).partition('?')[0]!r}: an address without user, password or query, "
+            "for it is told and written; a key is read from the environment variable that --api-key-variable names"
+        )
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
@@ -274,4 +280,4 @@ def _reply(completion: Any, where: str) -> Reply:
 
 
 def _brief(text: str) -> str:
-    return " ".join(text.split())[:200]
+    return " ".join(without_secrets(text).split())[:200]

@@ -120,6 +120,10 @@ def parse_models(models: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--model {text}: NAME=FOLDER or NAME=MODEL@URL, such as base=Qwen/Qwen2.5-VL-7B-Instruct")
         if name in named:
             raise ValueError(f"--model {text}: {name!r} is the name of {named[name]} already; give each its own")
+        if served := SERVED.fullmatch(model):
+            from mede2.trainer.answering.chat import check_address
+
+            check_address(served["url"])
         named[name] = model
     return named
 
