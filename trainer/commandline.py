@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import click
 
+from mede2.trainer.ownership import OutputLost
 from mede2.trainer.resolution import parse_assignments, read_recipe, resolve
 from mede2.trainer.settings import FIELDS, STAGE_NAMES
 
@@ -28,7 +29,7 @@ def stage_command(stage: int) -> click.Command:
             if more_train and not train:
                 raise ValueError(f"{more_train[0]}: unexpected; training files follow --train")
             _run(stage, ds, recipe, assignments, train + more_train, dry_run, flags)
-        except ValueError as error:
+        except (ValueError, OutputLost) as error:
             fail(str(error))
 
     def flag(name: str) -> click.Option:

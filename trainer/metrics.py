@@ -45,7 +45,7 @@ class Metrics:
         path = output / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= first_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
         self.alarms = Alarms()
         for row in kept:
@@ -78,10 +78,12 @@ class Metrics:
         row |= {"step_ms": seconds * 1e3, "tokens_per_s": metrics["num_tokens"] / seconds, "peak_gib": peak_gib()}
         starting, marks = self.alarms(row)
         row |= marks
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        line = f"{json.dumps(row)}\n".encode()
+        while line:
+            line = line[self.file.write(line) :]
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
+        self.board.flush()  # nothing is left for a later moment, when the output may be another attempt's
         if self.tracker:
             self.tracker.log(row)
         for name, text in starting.items():

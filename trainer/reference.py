@@ -88,7 +88,10 @@ def compute(engine: Engine, batches: Batches, folder: Path, components: dict[str
 
 
 def _write_cache(values: Tensor, path: Path, components: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({TENSOR: values}, beside, metadata={"components": json.dumps(components)})
-    os.replace(beside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({TENSOR: values}, beside, metadata={"components": json.dumps(components)})
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"reference_cache: {path.parent} cannot be written ({error}); name another folder") from error

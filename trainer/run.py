@@ -1,6 +1,7 @@
 """One run of a stage, from settings to a verified model: the order in which everything happens."""
 
 import dataclasses
+import shutil
 import time
 from datetime import datetime
 from importlib.metadata import version
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mede2.trainer import reference
-from mede2.trainer.checkpoint import load_checkpoint, save_checkpoint
+from mede2.trainer.checkpoint import Checkpoints, load_checkpoint
 from mede2.trainer.data.batches import Batches, Feed
 from mede2.trainer.data.dataset import write_bad_rows
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
@@ -21,6 +22,7 @@ from mede2.trainer.loop import evaluate, train
 from mede2.trainer.metrics import Metrics, read_metrics
 from mede2.trainer.moved import MovedCheck
 from mede2.trainer.objectives import Enhance, Objective, elicit
+from mede2.trainer.ownership import Ownership
 from mede2.trainer.policy import PARTS, Policy, freeze, load_policy
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
 from mede2.trainer.rehearsal import rehearse
@@ -58,7 +60,9 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     if run.settings.dry_run:
         world.say("dry run: nothing was trained")
         return None
-    checkpoint = find_checkpoint(run)
+    owner = world.on_main(lambda: Ownership(output))
+    world.on_main(owner.check_free)
+    checkpoint = find_checkpoint(run, owner)
     check_nvme(run.config, resumes=checkpoint is not None)
     if checkpoint is None and world.on_main((output / SUMMARY).exists):
         world.say(f"{output} holds this very run, done; --resume never runs it again")
@@ -75,17 +79,23 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         load_checkpoint(engine, checkpoint)
         objective.load_state_dict(checkpoint.objective)
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
-    _train(run, engine, objective, held_out_objective, feed)
+    _train(run, engine, objective, held_out_objective, feed, owner)
     rows = world.on_main(lambda: read_metrics(output / "metrics.jsonl"))
     last = rows[-1] if rows else {}  # none where a finished checkpoint continues in a new output
-    difference = _export(run, engine, last)
+    difference = _export(run, engine, last, owner)
     seconds = time.perf_counter() - started
     summary = {
         "stage": run.stage, "updates": run.num_steps, "world_size": world.size, "seconds": round(seconds, 1),
         "metrics": last, "export_logps_difference": difference,
         "finished": datetime.now().isoformat(timespec="seconds"),
     }  # fmt: skip
-    world.on_main(lambda: write_json(output / SUMMARY, summary))
+
+    def end() -> None:
+        owner.check()
+        write_json(output / SUMMARY, summary)
+        owner.release()
+
+    world.on_main(end)
     for line in closing_summary(rows[0], last) if rows else ():
         world.say(line)
     world.say(
@@ -214,11 +224,17 @@ def _load(run: Prepared, folder: Path, adapter: Settings | Path | None = None, q
 
 
 def _train(
-    run: Prepared, engine: Engine, objective: Objective, held_out_objective: Objective | None, feed: Feed
-) -> None:
+    run: Prepared, engine: Engine, objective: Objective, held_out_objective: Objective | None, feed: Feed,
+    owner: Ownership,
+) -> None:  # fmt: skip
     """The loop with its watching, evaluating and saving."""
     settings, world = run.settings, run.world
     watch = None
+    world.on_main(owner.check)
+    checkpoints = Checkpoints(
+        engine, run.output / "checkpoints", run.identity, settings.keep_checkpoints, settings.keep_every,
+        owner=owner, in_background=settings.async_checkpoints,
+    )  # fmt: skip
     if world.is_main:
         tracker = started_run() if settings.wandb else None
         watch = Metrics(run.output, feed.steps.start, run.num_steps, f"stage {run.stage}", tracker)
@@ -240,15 +256,22 @@ def _train(
         if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
             metrics |= evaluate(engine, held_out_objective, run.held_out)
             metrics.pop("eval/rewards/margins_abs", None)
-        if watch:
-            watch.row(done, metrics, seconds)
+        world.on_main(lambda: write_row(done, metrics, seconds))
         if done == run.num_steps or (settings.save_every and done % settings.save_every == 0):
-            save_checkpoint(
-                engine, run.output / "checkpoints", done, run.identity, objective.state_dict(),
-                settings.keep_checkpoints, settings.keep_every,
-            )  # fmt: skip
+            checkpoints.save(done, objective.state_dict())
+        checkpoints.settle()
         if watch:
             watch.start_lap()
+
+    def write_row(done: int, metrics: dict[str, float], seconds: float) -> None:
+        owner.check()
+        try:
+            watch.row(done, metrics, seconds)
+        except OSError as error:
+            raise ValueError(
+                f"metrics of update {done}: {run.output} cannot be written ({error}): make room, then the same command "
+                "continues from the last checkpoint"
+            ) from error
 
     try:
         if feed.steps:
@@ -257,6 +280,7 @@ def _train(
             engine, objective, feed, settings, num_steps=run.num_steps,
             before_update=before_update, after_update=after_update,
         )  # fmt: skip
+        checkpoints.finish()
     finally:
         if watch:
             watch.close()
@@ -277,14 +301,14 @@ def check_start(metrics: dict[str, float], beta: float, dtype: torch.dtype) -> N
         )
 
 
-def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
+def _export(run: Prepared, engine: Engine, last: dict[str, float], owner: Ownership) -> float:
     """Write the model, load it again, compare, publish; returns the largest difference of a log-probability.
 
     The engine is closed between: a device that just holds one model has no room for two.
     """
     world = run.world
     probe = next(run.train.micro_batches(0)).to(world.device, engine.dtype)
-    partial = run.output / ".export.partial"
+    partial = run.output / f".export.{owner.token}.partial"
     inputs = {name: run.identity[name] for name in ("model", "train", "eval", "reference") if run.identity[name]}
     settings, adapter_of = run.settings, None
     if settings.lora_rank and not settings.merge_adapter:  # named as transformers finds it from anywhere
@@ -295,6 +319,13 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     engine.deepspeed.eval()
     with torch.no_grad():
         of_engine = engine(probe)
+
+    def clear() -> None:
+        owner.check()
+        for left in run.output.glob(".export.*.partial"):  # by attempts that were killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    world.on_main(clear)
     export(
         engine, run.model, partial, settings.max_pixels, card, max_shard_gb=settings.max_shard_gb, adapter_of=adapter_of
     )
@@ -309,5 +340,10 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     merged = bool(settings.lora_rank) and adapter_of is None
     difference = compare(of_engine, of_export, run.dtype, world, merged)
     again.close()
-    world.on_main(lambda: publish(partial, run.output))
+
+    def put_in_place() -> None:
+        owner.check()
+        publish(partial, run.output)
+
+    world.on_main(put_in_place)
     return difference
