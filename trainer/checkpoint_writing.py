@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +11,6 @@ import torch
 from safetensors import SafetensorError
 
 from mede2.trainer.files import hash_file
-
-# In what torch.save raises where the disk refuses.
-WRITER = re.compile("PytorchStreamWriter|inline_container|iostream|Parent directory")
 
 
 class Writing:
@@ -41,7 +37,12 @@ class Writing:
     def save(self, state_dict: Any, path: str) -> None:
         """Write a state as DeepSpeed lays it out; it may change as soon as this returns."""
         state = host_copy(state_dict) if self._thread else state_dict
-        self.write(Path(path), lambda file: torch.save(state, file))
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as file:  # torch alone would not say what the disk said
+                torch.save(state, file)
+
+        self.write(Path(path), write)
 
     def write(self, path: Path, write: Callable[[Path], None]) -> None:
         """Have `write(path)` done, behind what was asked before; the file is on disk and hashed after it."""
@@ -70,10 +71,10 @@ class Writing:
             self.files[str(path.relative_to(self.folder))] = on_disk(path)
         except (OSError, SafetensorError) as error:
             self.problem = str(error)
-        except RuntimeError as error:
-            if not WRITER.search(str(error)):
+        except RuntimeError as error:  # by torch, which cannot end its archive after the disk has refused
+            if not isinstance(error.__context__, OSError):
                 raise
-            self.problem = str(error)
+            self.problem = str(error.__context__)
 
 
 def on_disk(path: Path) -> dict[str, Any]:
@@ -97,7 +98,8 @@ def host_copy(value: Any, copied: dict[int, torch.UntypedStorage] | None = None)
         tensor = torch.empty(0, dtype=value.dtype)
         tensor.set_(copied[storage._cdata], value.storage_offset(), value.size(), value.stride())
         if isinstance(value, torch.nn.Parameter):
-            return torch.nn.Parameter(tensor, value.requires_grad)
+            tensor = torch.nn.Parameter(tensor, value.requires_grad)
+        tensor.__dict__.update(host_copy(value.__dict__, copied))  # DeepSpeed's numbers, which are saved as well
         return tensor.requires_grad_(value.requires_grad)
     if isinstance(value, dict):
         same = copy.copy(value)  # of its type, with its attributes
