@@ -104,12 +104,17 @@ class Metrics:
             print(f"{self.title}  {step}/{self.num_steps}  {shown}  {seconds_left:.0f} s left", flush=True)
 
     def close(self) -> None:
+        failed = sys.exception() is not None
         if self.progress:
             self.progress.stop()
         self.file.close()
-        self.board.close()
+        try:
+            self.board.close()
+        except OSError:  # a disk that has refused a row refuses again: the first error is the one to tell
+            if not failed:
+                raise
         if self.tracker:
-            self.tracker.finish(exit_code=int(sys.exception() is not None))
+            self.tracker.finish(exit_code=int(failed))
 
 
 def peak_gib() -> float:

@@ -4,7 +4,8 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -130,6 +131,17 @@ class Ownership:
                 f"output: {self.output} now belongs to {has_it}; this attempt, {self.ours}, ends and writes no more"
             )
 
+    def write(self, do: Callable[[], None]) -> None:
+        """Do what others would see in the folder.
+
+        Raises:
+            OutputLost: as `check`; nothing was done.
+            ValueError: the disk refuses.
+        """
+        self.check()
+        with self._refusals():
+            do()
+
     def release(self) -> None:
         """Leave word that this attempt came to its end in order."""
         self.check()
@@ -143,9 +155,17 @@ class Ownership:
 
     def _write(self, attempt: Attempt) -> None:
         beside = self.output / f".{self.token}.{OWNER}"  # a name of its own: two may take the folder at once
-        try:
+        with self._refusals():
             self.output.mkdir(parents=True, exist_ok=True)
             write_json(beside, asdict(attempt))
             os.replace(beside, self.output / OWNER)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise ValueError(f"output: {self.output} cannot be written: {error.strerror}") from error
+            raise ValueError(
+                f"output: {self.output} cannot be written ({error.strerror or error}); when it can, the same command "
+                "continues from the last checkpoint"
+            ) from error

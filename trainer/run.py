@@ -67,7 +67,7 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     if checkpoint is None and world.on_main((output / SUMMARY).exists):
         world.say(f"{output} holds this very run, done; --resume never runs it again")
         return output
-    world.on_main(lambda: _write_inputs(run))
+    world.on_main(lambda: owner.write(lambda: _write_inputs(run)))
     if run.settings.wandb:
         world.on_main(lambda: start_wandb(run.settings, output, STAGE_NAMES[run.stage]))
     torch.manual_seed(run.settings.seed + world.rank)  # dropout differs from rank to rank
@@ -89,13 +89,8 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         "metrics": last, "export_logps_difference": difference,
         "finished": datetime.now().isoformat(timespec="seconds"),
     }  # fmt: skip
-
-    def end() -> None:
-        owner.check()
-        write_json(output / SUMMARY, summary)
-        owner.release()
-
-    world.on_main(end)
+    world.on_main(lambda: owner.write(lambda: write_json(output / SUMMARY, summary)))
+    world.on_main(owner.release)
     for line in closing_summary(rows[0], last) if rows else ():
         world.say(line)
     world.say(
@@ -229,15 +224,18 @@ def _train(
 ) -> None:  # fmt: skip
     """The loop with its watching, evaluating and saving."""
     settings, world = run.settings, run.world
-    watch = None
-    world.on_main(owner.check)
+    watch: Metrics | None = None  # on rank 0
     checkpoints = Checkpoints(
         engine, run.output / "checkpoints", run.identity, settings.keep_checkpoints, settings.keep_every,
         owner=owner, in_background=settings.async_checkpoints,
     )  # fmt: skip
-    if world.is_main:
+
+    def begin_metrics() -> None:
+        nonlocal watch
         tracker = started_run() if settings.wandb else None
         watch = Metrics(run.output, feed.steps.start, run.num_steps, f"stage {run.stage}", tracker)
+
+    world.on_main(lambda: owner.write(begin_metrics))
     check_moved = None if on_nvme(run.config) else MovedCheck(engine)
     if check_moved is None:
         world.say("offload to NVMe: whether all that trains moves is not checked")
@@ -256,22 +254,12 @@ def _train(
         if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
             metrics |= evaluate(engine, held_out_objective, run.held_out)
             metrics.pop("eval/rewards/margins_abs", None)
-        world.on_main(lambda: write_row(done, metrics, seconds))
+        world.on_main(lambda: owner.write(lambda: watch.row(done, metrics, seconds)))
         if done == run.num_steps or (settings.save_every and done % settings.save_every == 0):
             checkpoints.save(done, objective.state_dict())
         checkpoints.settle()
         if watch:
             watch.start_lap()
-
-    def write_row(done: int, metrics: dict[str, float], seconds: float) -> None:
-        owner.check()
-        try:
-            watch.row(done, metrics, seconds)
-        except OSError as error:
-            raise ValueError(
-                f"metrics of update {done}: {run.output} cannot be written ({error}): make room, then the same command "
-                "continues from the last checkpoint"
-            ) from error
 
     try:
         if feed.steps:
@@ -321,11 +309,10 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float], owner: Owners
         of_engine = engine(probe)
 
     def clear() -> None:
-        owner.check()
         for left in run.output.glob(".export.*.partial"):  # by attempts that were killed
             shutil.rmtree(left, ignore_errors=True)
 
-    world.on_main(clear)
+    world.on_main(lambda: owner.write(clear))
     export(
         engine, run.model, partial, settings.max_pixels, card, max_shard_gb=settings.max_shard_gb, adapter_of=adapter_of
     )
@@ -341,9 +328,5 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float], owner: Owners
     difference = compare(of_engine, of_export, run.dtype, world, merged)
     again.close()
 
-    def put_in_place() -> None:
-        owner.check()
-        publish(partial, run.output)
-
-    world.on_main(put_in_place)
+    world.on_main(lambda: owner.write(lambda: publish(partial, run.output)))
     return difference

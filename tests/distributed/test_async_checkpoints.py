@@ -82,6 +82,14 @@ def test_a_full_disk_is_one_error_on_every_rank_and_the_last_checkpoint_stays(re
         assert found[way]["whole"] == 3
 
 
+@pytest.mark.parametrize(("way", "why"), [("full", "No space left on device"), ("read-only", "Read-only file system")])
+def test_an_export_that_the_disk_refuses_is_one_error_on_every_rank(refusals, way, why):
+    for found in refusals:
+        assert found[way]["exported"].startswith("export: ")
+        assert why in found[way]["exported"]
+        assert "the last checkpoint is whole: make room" in found[way]["exported"]
+
+
 def test_a_read_only_folder_is_one_error_on_every_rank_and_the_last_checkpoint_stays(refusals):
     for found in refusals:
         assert found["read-only"]["said"].startswith("checkpoint of update 7: ")

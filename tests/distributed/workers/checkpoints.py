@@ -12,6 +12,7 @@ from mede2.trainer import checkpoint_writing
 from mede2.trainer.checkpoint import Checkpoints, checkpoint_folders, first_whole, load_checkpoint
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.engine import Engine
+from mede2.trainer.export import export
 from mede2.trainer.loop import train
 from mede2.trainer.objectives import elicit
 from mede2.trainer.settings import Settings
@@ -94,7 +95,8 @@ def kept(world: World, job: dict) -> dict:
 
 
 def refused(world: World, job: dict, disk: str, in_background: bool) -> dict:
-    """What is said where a disk with a whole checkpoint on it is too small for the next, or read-only."""
+    """What is said where a disk with a whole checkpoint on it is too small for the next and for the model, or
+    read-only."""
     engine = make_engine(world, job["models"]["tied"], make_settings(1))
     folder = Path(job["disks"][disk]) / "checkpoints"
     checkpoints = Checkpoints(engine, folder, {}, keep=1, in_background=in_background)
@@ -108,8 +110,13 @@ def refused(world: World, job: dict, disk: str, in_background: bool) -> dict:
     except ValueError as error:
         said = str(error)
     whole = first_whole(checkpoint_folders(folder), world).step
+    exported = ""
+    try:
+        export(engine, Path(job["models"]["tied"]), folder.parent / ".export.partial", None, "a card")
+    except ValueError as error:
+        exported = str(error)
     engine.close()
-    return {"said": said, "whole": whole}
+    return {"said": said, "whole": whole, "exported": exported}
 
 
 SCENARIOS = {
