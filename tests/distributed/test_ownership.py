@@ -12,7 +12,7 @@ import pytest
 
 from mede2.trainer.metrics import read_metrics
 
-STEPS, PATIENCE_S = 16, 300
+STEPS, PATIENCE_S = 10, 280
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def files(output: Path, but: int) -> dict[Path, tuple[int, int, bytes]]:
     }  # fmt: skip
 
 
+@pytest.mark.timeout(600)
 def test_a_run_thought_dead_ends_and_its_successors_files_stay(start, tmp_path):
     output = tmp_path / "out"
     halted = start(output, restart=0)
