@@ -2,9 +2,9 @@
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mede2.trainer import other_world
+from mede2.trainer.checkpoint_writing import Writing, on_disk
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import hash_file, write_json
+from mede2.trainer.ownership import Ownership
 from mede2.trainer.unpickling import tensors_only
 from mede2.trainer.world import World
 
 MARKER = "complete.json"  # the manifest, written last; a folder without it is not a checkpoint
 GIB = 2**30
-WRITER = re.compile("PytorchStreamWriter|inline_container|iostream")  # in what torch.save raises on a full disk
 
 
 @dataclass(frozen=True)
@@ -95,64 +96,111 @@ def first_whole(folders: Sequence[Path], world: World) -> Checkpoint:
     raise ValueError(f"resume: {'; '.join(damage)}; start over with --resume never")
 
 
-def save_checkpoint(
-    engine: Engine, folder: Path, step: int, identity: dict[str, Any], objective: dict[str, float],
-    keep: int = 0, keep_every: int = 0, owed: dict[str, float] | None = None,
-) -> Path:  # fmt: skip
-    """Write the state after `step` updates: trained weights, optimizer, every rank's random number generators, and
-    what the objective carries (its `state_dict`, the same on all ranks).
+class Checkpoints:
+    """The checkpoints that a run writes, one at a time. All ranks make the same calls.
 
-    What is frozen comes from the model folder again, whose hash is in the identity.
+    A checkpoint holds trained weights, optimizer, every rank's random number generators, and what the objective
+    carries. What is frozen comes from the model folder again, whose hash is in the identity.
 
     Args:
         engine: of the run.
         folder: of all checkpoints of the run.
-        step: updates done.
         identity: of the run.
-        objective: state of the objective.
-        keep: newest checkpoints that stay; older ones are deleted when this one is whole. 0: all.
+        keep: newest checkpoints that stay; older ones are deleted when a new one is whole. 0: all.
         keep_every: checkpoints whose step is a multiple of it stay whatever `keep` says. 0: none.
-        owed: see `Checkpoint`.
-
-    Raises:
-        ValueError: the disk has too little room or refuses; the checkpoints that were there are as they were.
+        owner: of the output; None: nobody else writes it.
+        in_background: let the training go on while a copy of the state is written.
     """
-    world, final = engine.world, folder / f"step-{step:06d}"
-    partial = folder / f".{final.name}.partial"
 
-    def make_room() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*.partial"):  # by a run that was killed while it wrote
-            shutil.rmtree(left)
-        _check_room(folder, least)
+    def __init__(
+        self, engine: Engine, folder: Path, identity: dict[str, Any], keep: int = 0, keep_every: int = 0, *,
+        owner: Ownership | None = None, in_background: bool = False,
+    ):  # fmt: skip
+        self.engine, self.world, self.folder, self.identity = engine, engine.world, folder, identity
+        self.keep, self.keep_every, self.owner, self.in_background = keep, keep_every, owner, in_background
+        self._begun: tuple[Writing, dict[str, Any]] | None = None
 
-    def complete() -> None:
-        if unread := [f"{name} {value}" for name, value in hashes.items() if " " in value]:
-            raise OSError("; ".join(unread))
-        files = {name: {"bytes": (partial / name).stat().st_size, "sha256": value} for name, value in hashes.items()}
-        marker = {"step": step, "world_size": world.size, "identity": identity, "objective": objective, "files": files}
+    def save(self, step: int, objective: dict[str, float], owed: dict[str, float] | None = None) -> None:
+        """Write the state after `step` updates; in the background, it is whole after a later call of `settle` or
+        `finish`.
+
+        Args:
+            step: updates done.
+            objective: its `state_dict`, the same on all ranks.
+            owed: see `Checkpoint`.
+
+        Raises:
+            ValueError: the disk has too little room or refuses; the checkpoints that were there are as they were.
+            OutputLost: another attempt has the output.
+        """
+        self.finish()
+        token = f".{self.owner.token}" if self.owner else ""  # whoever else writes this step has another folder
+        partial = self.folder / f".{_name(step)}{token}.partial"
+        least, generators = self.engine.num_state_bytes(), _generator_states()
+        marker = {"step": step, "world_size": self.world.size, "identity": self.identity, "objective": objective}
         marker |= {"owed": owed} if owed else {}
-        write_json(partial / MARKER, marker)
-        shutil.rmtree(final, ignore_errors=True)  # of an earlier run through the same step
-        os.rename(partial, final)
-        _delete_old(folder, step, keep, keep_every)
+        with self._refusals(partial, step):
+            self.world.on_main(lambda: self._make_room(partial, least))
+        writing = Writing(partial, in_background=self.in_background)
+        self.engine.hand_over_state(partial, writing.save)
+        writing.write(partial / _generator_file(self.world.rank), lambda file: save_file(generators, file))
+        self._begun = writing, marker
+        if not self.in_background:
+            self.finish()
 
-    least = engine.num_state_bytes()
-    try:
-        world.on_main(make_room)
-        engine.deepspeed.save_checkpoint(folder, tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
-        save_file(_generator_states(), partial / _generator_file(world.rank))
-        world.barrier()  # all ranks have written
-        hashes = _hashes(partial, world.on_main(lambda: _names(partial)), world)
-        world.on_main(complete)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not WRITER.search(str(error)):
-            raise
-        raise ValueError(
-            f"checkpoint of update {step}: {partial} cannot be written ({error}); the earlier ones in {folder} are "
-            "whole: make room, then the same command continues from there"
-        ) from error
-    return final
+    def settle(self) -> None:
+        """Complete the checkpoint that was begun, if every rank has written its part; else it stays begun."""
+        if self._begun:
+            waiting = float(not self._begun[0].done)
+            if not self.world.sum({"waiting": waiting})["waiting"]:
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that was begun, if there is one, and complete it. Raises as `save` does."""
+        if not self._begun:
+            return
+        (writing, marker), self._begun = self._begun, None
+        writing.wait()
+        parts = self.world.gather((writing.files, writing.problem))
+        with self._refusals(writing.folder, marker["step"]):
+            self.world.on_main(lambda: self._complete(writing.folder, marker, parts))
+
+    def _make_room(self, partial: Path, least: int) -> None:
+        self._check_owner()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".step-*.partial"):  # by a run that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)  # or by one that was thought dead and is still at it
+        _check_room(self.folder, least)
+        partial.mkdir()
+
+    def _complete(self, partial: Path, marker: dict[str, Any], parts: list[tuple[dict, str]]) -> None:
+        self._check_owner()
+        if problems := sorted({problem for _, problem in parts if problem}):
+            raise OSError("; ".join(problems))
+        files = {name: file for part, _ in parts for name, file in part.items()}
+        files |= {name: on_disk(partial / name) for name in _names(partial) if name not in files}  # swapped to NVMe
+        write_json(partial / MARKER, marker | {"files": dict(sorted(files.items()))})
+        self._check_owner()
+        final = self.folder / _name(marker["step"])
+        if final.exists():  # of an earlier run through the same step
+            _delete(final)
+        os.rename(partial, final)
+        _delete_old(self.folder, marker["step"], self.keep, self.keep_every, self.owner)
+
+    def _check_owner(self) -> None:
+        if self.owner:
+            self.owner.check()
+
+    @contextmanager
+    def _refusals(self, partial: Path, step: int) -> Iterator[None]:
+        """One error, on every rank, for whatever a disk says."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint of update {step}: {partial} cannot be written ({error}); the earlier ones in "
+                f"{self.folder} are whole: make room, then the same command continues from there"
+            ) from error
 
 
 def _check_room(folder: Path, least: int) -> None:
@@ -175,12 +223,10 @@ def _names(folder: Path) -> list[str]:
 
 
 def _hashes(folder: Path, names: Sequence[str], world: World) -> dict[str, str]:
-    """sha256 of the files, which are on disk when this returns, or what is in the way. Ranks share the files."""
+    """sha256 of the files, or what is in the way. Ranks share the files."""
     share = {}
     for name in names[world.rank :: world.size]:
         try:
-            with open(folder / name, "rb") as file:
-                os.fsync(file.fileno())
             share[name] = hash_file(folder / name)
         except OSError as error:
             share[name] = f"cannot be read: {error.strerror}"
@@ -194,19 +240,29 @@ def _compare(checkpoint: Checkpoint, hashes: dict[str, str]) -> None:
             raise ValueError(f"{checkpoint.path / name} is damaged ({told})")
 
 
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _delete_old(folder: Path, step: int, keep: int, keep_every: int) -> None:
-    """Delete what is older than the newest `keep` up to `step`; later ones, of a run that was taken back, are left. A
-    folder loses its name first, so it is never half a checkpoint."""
+def _delete_old(folder: Path, step: int, keep: int, keep_every: int, owner: Ownership | None = None) -> None:
+    """Delete what is older than the newest `keep` up to `step`; later ones, of a run that was taken back, are left."""
     so_far = [path for path in checkpoint_folders(folder) if _step_of(path) <= step]
     for path in so_far[keep:] if keep else ():
         if not keep_every or _step_of(path) % keep_every:
-            aside = path.with_name(f".{path.name}.partial")
-            os.rename(path, aside)
-            shutil.rmtree(aside)
+            if owner:
+                owner.check()
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """A folder loses its name first, so it is never half a checkpoint."""
+    aside = path.with_name(f".{path.name}.old.partial")
+    os.rename(path, aside)
+    shutil.rmtree(aside)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:

@@ -10,10 +10,11 @@ from typing import NoReturn
 
 import click
 
+from mede2.trainer.ownership import OutputLost
 from mede2.trainer.redaction import without_secrets
 from mede2.trainer.resolution import parse_assignments, read_recipe, resolve
 from mede2.trainer.settings import FIELDS, STAGE_NAMES
-from mede2.trainer.stopping import EXIT_CODES, REQUEUE, USER_ERROR, StopRequested, ask_to_requeue, watcher
+from mede2.trainer.stopping import EXIT_CODES, FAILED, REQUEUE, USER_ERROR, StopRequested, ask_to_requeue, watcher
 
 FLAGS = (
     "model", "eval", "output", "epochs", "max_steps", "learning_rate", "beta", "global_batch_size", "micro_batch_size",
@@ -41,6 +42,8 @@ def stage_command(stage: int) -> click.Command:
             _run(stage, ds, recipe, assignments, train + more_train, dry_run, flags)
         except ValueError as error:
             fail(str(error))
+        except OutputLost as lost:
+            fail(str(lost), FAILED)
         except StopRequested as stop:
             requeue(stop)
 
@@ -157,13 +160,13 @@ class Commands(click.Group):
             fail(f"{error.name} is not installed; pip install 'mede2[{self.extra}]' installs all that these steps need")
 
 
-def fail(message: str) -> NoReturn:
-    """Print one error, without what is secret in it, and exit with USER_ERROR. Rank 0 has the first word; when another
+def fail(message: str, code: int = USER_ERROR) -> NoReturn:
+    """Print one error, without what is secret in it, and exit with `code`. Rank 0 has the first word; when another
     rank is still there after a while, the fault is its own and it speaks itself."""
     if _rank():
         time.sleep(PATIENCE_S)
     click.echo(f"Error: {without_secrets(message)}", err=True)
-    sys.exit(USER_ERROR)
+    sys.exit(code)
 
 
 def requeue(stop: StopRequested) -> NoReturn:

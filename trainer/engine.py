@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
     for section, setting in OURS.items():
         if section in config:
             raise ValueError(f"--ds {path}: {section}: remove it; the settings decide: {setting}")
+    if _get(config, "checkpoint.writer") or "datastates_ckpt" in config:
+        raise ValueError(
+            f"--ds {path}: checkpoint.writer, datastates_ckpt: remove it; the settings decide: async_checkpoints"
+        )
     for section in ("zero_optimization", "bf16"):
         if not isinstance(config.get(section, {}), dict):
             raise ValueError(f"--ds {path}: {section}: {config[section]!r} is not a JSON object")
@@ -260,6 +264,8 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
         if optimizer is not None and self.deepspeed.zero_optimization_stage() == 3:
             _share_masters(self.deepspeed.optimizer)
+        # Scripts beside every checkpoint, which nobody needs: where the disk is full, rank 0 alone would fail in this.
+        self.deepspeed._copy_recovery_script = lambda folder: None
         return_free_memory()  # the weights as they were read, and copies on their way to partitions
         self.policy = policy
         self.deepspeed.train(optimizer is not None)  # transformers hands models over in evaluation mode
@@ -285,6 +291,14 @@ class Engine:
         """The least that the state of all ranks takes on disk: the fp32 masters of what trains."""
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         return 4 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+
+    def hand_over_state(self, folder: Path, save: Callable[..., None]) -> None:
+        """Have `save(state_dict=, path=)` called for each file of a checkpoint that DeepSpeed has this rank write to
+        `folder`. What is frozen is left out. All ranks call it."""
+        self.deepspeed.checkpoint_engine.save = save
+        self.deepspeed.save_checkpoint(
+            folder.parent, tag=folder.name, save_latest=False, exclude_frozen_parameters=True
+        )  # fmt: skip
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the main learning rate; the parts that have their own keep their ratio to it."""

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from mede2.trainer.adapters import CONFIG_FILE, save_adapter
@@ -32,10 +33,22 @@ def export(
         card: text of the model card.
         max_shard_gb: largest weight file, 1e9 bytes; a larger model is split, with an index.
         adapter_of: write the adapter alone, and this name of its base; None: the whole model, an adapter merged.
+
+    Raises:
+        ValueError: the disk refuses.
     """
     state = engine.state_dict(adapter_only=adapter_of is not None)
 
     def write() -> None:
+        try:
+            write_files()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"export: {folder} cannot be written ({error}); the last checkpoint is whole: make room, then the same "
+                "command continues from there"
+            ) from error
+
+    def write_files() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         if adapter_of is not None:

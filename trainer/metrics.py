@@ -51,7 +51,7 @@ class Metrics:
         if kept and steps != list(range(steps[0], first_step + 1)):
             print(f"warning: {path} has the rows of updates {steps}, not of all up to {first_step}", flush=True)
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
         self.alarms = Alarms()
         for row in kept:
@@ -84,10 +84,12 @@ class Metrics:
         row |= {"step_ms": seconds * 1e3, "tokens_per_s": metrics["num_tokens"] / seconds, "peak_gib": peak_gib()}
         starting, marks = self.alarms(row)
         row |= marks
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        line = f"{json.dumps(row)}\n".encode()
+        while line:
+            line = line[self.file.write(line) :]
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
+        self.board.flush()  # nothing is left for a later moment, when the output may be another attempt's
         if self.tracker:
             self.tracker.log(row)
         for name, text in starting.items():
@@ -112,14 +114,19 @@ class Metrics:
             print(f"{self.title}  {step}/{self.num_steps}  {shown}  {seconds_left:.0f} s left", flush=True)
 
     def close(self) -> None:
+        failed = sys.exception() is not None
         if self.progress:
             self.progress.stop()
         self.file.close()
-        self.board.close()
+        try:
+            self.board.close()
+        except OSError:  # a disk that has refused a row refuses again: the first error is the one to tell
+            if not failed:
+                raise
         if self.tracker:
             if isinstance(sys.exception(), StopRequested):
                 self.tracker.mark_preempting()  # "preempted" there, not "failed"
-            self.tracker.finish(exit_code=int(sys.exception() is not None))
+            self.tracker.finish(exit_code=int(failed))
 
 
 def peak_gib() -> float:

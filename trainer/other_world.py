@@ -44,7 +44,7 @@ def convert(path: Path, step: int, folder: Path, world: World) -> Path:
     Args:
         path: the checkpoint.
         step: updates that it holds.
-        folder: of this run's checkpoints, where `save_checkpoint` deletes what an interrupted conversion leaves.
+        folder: of this run's checkpoints, where `Checkpoints` deletes what an interrupted conversion leaves.
         world: the ranks.
 
     Raises:

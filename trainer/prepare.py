@@ -27,6 +27,7 @@ from mede2.trainer.demo import defaults
 from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import hash_json, hash_weights
 from mede2.trainer.other_world import check_convertible, convert
+from mede2.trainer.ownership import OWNER, Ownership
 from mede2.trainer.policy import (
     Policy,
     check_adapter,
@@ -248,14 +249,18 @@ def settings_yaml(resolved: Resolved) -> str:
     return f"# {STAGE_NAMES[resolved.stage]}\n" + "\n".join(rows) + "\n"
 
 
-def find_checkpoint(run: Prepared) -> Checkpoint | None:
+def find_checkpoint(run: Prepared, owner: Ownership | None = None) -> Checkpoint | None:
     """Where the run continues, or None where it starts; with `resume: never` an older run is moved aside.
+
+    Unless the run is done, `owner` takes the output, before checkpoints are read that a former owner might delete.
 
     Raises:
         ValueError: the output holds another run, or something that is none; no checkpoint is whole; another number of
             ranks wrote it with an optimizer that these cannot take over.
     """
     folders = run.world.on_main(lambda: _folders_to_resume(run))
+    if owner and (folders or not run.world.on_main((run.output / SUMMARY).exists)):
+        run.world.on_main(lambda: owner.take(run.world.say))
     if not folders:
         return None
     checkpoint = first_whole(folders, run.world)
@@ -282,7 +287,7 @@ def for_this_world(run: Prepared, checkpoint: Checkpoint) -> tuple[Prepared, Che
 def _folders_to_resume(run: Prepared) -> list[Path]:
     """Of the checkpoints that may serve, the best first."""
     output, resume = run.output, run.settings.resume
-    is_empty = not (output.exists() and any(output.iterdir()))
+    is_empty = not output.exists() or all(OWNER in path.name for path in output.iterdir())  # taken, then stopped
     if not is_empty and not (output / "identity.json").exists():
         raise ValueError(f"output: {output} holds files of something else; name another --output")
     if resume not in ("auto", "never"):

@@ -121,7 +121,10 @@ def _known(path: Path, components: dict[str, str], num_examples: int) -> dict[in
 
 
 def _write_cache(values: Tensor, path: Path, components: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({TENSOR: values}, beside, metadata={"components": json.dumps(components)})
-    os.replace(beside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({TENSOR: values}, beside, metadata={"components": json.dumps(components)})
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"reference_cache: {path.parent} cannot be written ({error}); name another folder") from error

@@ -1,6 +1,7 @@
 """One run of a stage, from settings to a verified model: the order in which everything happens."""
 
 import dataclasses
+import shutil
 import time
 from datetime import datetime
 from pathlib import Path
@@ -8,32 +9,27 @@ from pathlib import Path
 import torch
 
 from mede2.trainer import watchdog
-from mede2.trainer.checkpoint import load_checkpoint, save_checkpoint
+from mede2.trainer.between import Between
+from mede2.trainer.checkpoint import load_checkpoint
 from mede2.trainer.data.batches import Feed
 from mede2.trainer.data.dataset import write_bad_rows
 from mede2.trainer.demo import defaults
-from mede2.trainer.engine import Engine, check_nvme, make_optimizer, on_nvme
+from mede2.trainer.engine import Engine, check_nvme, make_optimizer
 from mede2.trainer.export import compare, export, model_card, publish
 from mede2.trainer.files import write_json, write_text
-from mede2.trainer.loop import evaluate, train
-from mede2.trainer.metrics import Metrics, read_metrics
-from mede2.trainer.moved import MovedCheck
+from mede2.trainer.loop import train
+from mede2.trainer.metrics import read_metrics
 from mede2.trainer.objectives import Enhance, Objective, elicit
 from mede2.trainer.once import compute_once
-from mede2.trainer.pace import Pace
+from mede2.trainer.ownership import Ownership
 from mede2.trainer.policy import PARTS, freeze
 from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, for_this_world, prepare, settings_yaml
 from mede2.trainer.rehearsal import rehearse
 from mede2.trainer.resolution import Resolved, resolve
 from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES
 from mede2.trainer.stopping import StopRequested
-from mede2.trainer.weights_and_biases import check_wandb, start_wandb, started_run
+from mede2.trainer.weights_and_biases import check_wandb, start_wandb
 from mede2.trainer.world import World
-
-# Mean |margin| before the first update, in nats (without beta), over the square root of a pair's answer tokens. It is
-# rounding alone, which differs with layout and micro-batch: hundredths of a nat for a token in bf16, nearly independent
-# from token to token, so that a sum over them grows as the root. Another model's tokens lie apart by tenths and more.
-START_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | None:
@@ -62,12 +58,14 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         world.say("dry run: nothing was trained")
         return None
     watchdog.phase("looking for a checkpoint")
-    checkpoint = find_checkpoint(run)
+    owner = world.on_main(lambda: Ownership(output))
+    world.on_main(owner.check_free)
+    checkpoint = find_checkpoint(run, owner)
     check_nvme(run.config, resumes=checkpoint is not None)
     if checkpoint is None and world.on_main((output / SUMMARY).exists):
         world.say(f"{output} holds this very run, done; --resume never runs it again")
         return output
-    world.on_main(lambda: _write_inputs(run))
+    world.on_main(lambda: owner.write(lambda: _write_inputs(run)))
     if run.settings.wandb:
         world.on_main(lambda: start_wandb(run.settings, output, STAGE_NAMES[run.stage]))
     if checkpoint:
@@ -84,11 +82,11 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         load_checkpoint(engine, checkpoint)
         objective.load_state_dict(checkpoint.objective)
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
-    _train(seen, engine, objective, held_out_objective, feed, checkpoint.owed if checkpoint else None)
+    _train(seen, engine, objective, held_out_objective, feed, owner, checkpoint.owed if checkpoint else None)
     rows = world.on_main(lambda: read_metrics(output / "metrics.jsonl"))
     last = rows[-1] if rows else {}  # none where a finished checkpoint continues in a new output
     watchdog.phase("exporting")
-    difference = _export(run, engine, last)
+    difference = _export(run, engine, last, owner)
     watchdog.phase("finishing")
     seconds = time.perf_counter() - started
     summary = {
@@ -96,7 +94,8 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         "metrics": last, "export_logps_difference": difference,
         "finished": datetime.now().isoformat(timespec="seconds"),
     }  # fmt: skip
-    world.on_main(lambda: write_json(output / SUMMARY, summary))
+    world.on_main(lambda: owner.write(lambda: write_json(output / SUMMARY, summary)))
+    world.on_main(owner.release)
     for line in closing_summary(rows[0], last) if rows else ():
         world.say(line)
     world.say(
@@ -158,92 +157,30 @@ def _engine(run: Prepared) -> Engine:
 
 def _train(
     run: Prepared, engine: Engine, objective: Objective, held_out_objective: Objective | None, feed: Feed,
-    owed: dict[str, float] | None,
+    owner: Ownership, owed: dict[str, float] | None,
 ) -> None:  # fmt: skip
-    """The loop with its watching, evaluating, saving and stopping. `owed`: see `Checkpoint`."""
-    settings, world = run.settings, run.world
-    watch = None
-    if world.is_main:
-        tracker = started_run() if settings.wandb else None
-        watch = Metrics(run.output, feed.steps.start - bool(owed), run.num_steps, f"stage {run.stage}", tracker)
-    pace = Pace(world, feed, settings.pace_every)
-    check_moved = None if on_nvme(run.config) else MovedCheck(engine)
-    if check_moved is None:
-        world.say("offload to NVMe: whether all that trains moves is not checked")
-
-    def before_update(step: int, metrics: dict[str, float]) -> None:
-        if step == 0 and run.stage == ENHANCE and settings.needs_reference and not settings.reference:
-            check_start(metrics, settings.beta, engine.dtype)
-        metrics.pop("rewards/margins_abs", None)
-
-    def after_update(step: int, metrics: dict[str, float]) -> None:
-        done = step + 1
-        seconds = watch.lap() if watch else 0.0
-        if check_moved and check_moved.waiting and "grad_norm" in metrics:  # not left out
-            check_moved(has_image=run.train.totals(step).num_with_image > 0)
-        metrics |= pace(done)
-        metrics["epoch"] = done / run.train.sampler.steps_per_epoch
-        try:
-            complete(done, metrics, seconds)
-        except StopRequested:
-            save(done, owed=metrics | {"step_ms": seconds * 1e3})
-            raise
-        due = done == run.num_steps or (settings.save_every and done % settings.save_every == 0)
-        if due or world.asked_to_stop():
-            save(done)
-            world.stop_if_asked(f"after update {done} of {run.num_steps}")  # asked before, or while it was written
-        if watch:
-            watch.start_lap()
-
-    def complete(done: int, metrics: dict[str, float], seconds: float) -> None:
-        """The evaluation that an update owes, and its row."""
-        if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
-            metrics = metrics | evaluate(engine, held_out_objective, run.held_out)
-            metrics.pop("eval/rewards/margins_abs", None)
-        if watch:
-            watch.row(done, metrics, seconds)
-
-    def save(done: int, owed: dict[str, float] | None = None) -> None:
-        if watch:
-            watch.sync()
-        watchdog.phase(f"writing the checkpoint of update {done}")
-        save_checkpoint(
-            engine, run.output / "checkpoints", done, run.identity, objective.state_dict(),
-            settings.keep_checkpoints, settings.keep_every, owed,
-        )  # fmt: skip
-
+    """The loop, and what is done between its updates. `owed`: see `Checkpoint`."""
+    between = Between(run, engine, objective, held_out_objective, feed, owner, owed)
     try:
         if owed:
-            complete(feed.steps.start, owed, owed["step_ms"] / 1e3)
-        world.stop_if_asked(f"before update {feed.steps.start + 1} of {run.num_steps}")
+            between.complete(feed.steps.start, owed, owed["step_ms"] / 1e3)
+        run.world.stop_if_asked(f"before update {feed.steps.start + 1} of {run.num_steps}")
         if feed.steps:
             watchdog.phase("rehearsing the longest micro-batch")
             rehearse(engine, objective, run.train, feed.steps)
         train(
-            engine, objective, feed, settings, num_steps=run.num_steps,
-            before_update=before_update, after_update=after_update,
+            engine, objective, feed, run.settings, num_steps=run.num_steps,
+            before_update=between.before_update, after_update=between.after_update,
         )  # fmt: skip
+        between.checkpoints.finish()
+    except StopRequested:
+        between.checkpoints.finish()
+        raise
     finally:
-        if watch:
-            watch.close()
+        between.close()
 
 
-def check_start(metrics: dict[str, float], beta: float, dtype: torch.dtype) -> None:
-    """Raise ValueError if the margins of a first update are more than rounding, so that the reference is not the policy
-    that starts."""
-    gap = metrics["rewards/margins_abs"] / beta
-    num_tokens = metrics["length/chosen"] + metrics["length/rejected"]
-    allowed = START_TOLERANCE[dtype] * num_tokens**0.5
-    if not gap <= allowed:
-        raise ValueError(
-            f"reference_cache: before the first update policy and reference must agree on every pair, but they are "
-            f"{gap:.2g} nats apart, where {str(dtype).removeprefix('torch.')} explains {allowed:.2g} over "
-            f"{num_tokens:.0f} answer tokens: the cached log-probabilities are not those of the starting policy; "
-            "delete the cache to compute them again"
-        )
-
-
-def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
+def _export(run: Prepared, engine: Engine, last: dict[str, float], owner: Ownership) -> float:
     """Write the model, load it again, compare, publish; returns the largest difference of a log-probability.
 
     The engine is closed between: a device that just holds one model has no room for two.
@@ -251,7 +188,7 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     world = run.world
     world.stop_if_asked("before the export")
     probe = next(run.train.micro_batches(0)).to(world.device, engine.dtype)
-    partial = run.output / ".export.partial"
+    partial = run.output / f".export.{owner.token}.partial"
     inputs = {name: run.identity[name] for name in ("model", "train", "eval", "reference") if run.identity[name]}
     settings, adapter_of = run.settings, None
     if settings.lora_rank and not settings.merge_adapter:  # named as transformers finds it from anywhere
@@ -262,6 +199,12 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     engine.deepspeed.eval()
     with torch.no_grad():
         of_engine = engine(probe)
+
+    def clear() -> None:
+        for left in run.output.glob(".export.*.partial"):  # by attempts that were killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    world.on_main(lambda: owner.write(clear))
     export(
         engine, run.model, partial, settings.max_pixels, card, max_shard_gb=settings.max_shard_gb, adapter_of=adapter_of
     )
@@ -276,5 +219,6 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     merged = bool(settings.lora_rank) and adapter_of is None
     difference = compare(of_engine, of_export, run.dtype, world, merged)
     again.close()
-    world.on_main(lambda: publish(partial, run.output))
+
+    world.on_main(lambda: owner.write(lambda: publish(partial, run.output)))
     return difference

@@ -121,6 +121,9 @@ class Settings:
         at_least=0,
         harmless=True,
     )
+    async_checkpoints: bool = _setting(
+        False, "Train on while a checkpoint is written, from a copy of each rank's state in host memory.", harmless=True
+    )
     eval_every: int = _setting(0, "Evaluate every so many updates (0: only at the end).", at_least=0, harmless=True)
     resume: str = _setting(
         "auto",

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mede2.trainer.answering.journal import Journal
+from mede2.trainer.preference import judge
+from mede2.trainer.questions.cases import read_cases
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -46,6 +48,27 @@ def test_two_processes_do_not_write_one_journal(tmp_path):
         Journal(tmp_path / "out.jsonl")
     with Journal(tmp_path / "out.jsonl"):
         """Closed, it is free again."""
+
+
+def test_the_output_is_written_while_the_journal_keeps_others_out(demo_cases, tmp_path, write_rows, monkeypatch):
+    """Or one that was halted before its last line would write beside the one that came after it."""
+    rows = [
+        {"case": case.id, "sample": 0, "text": "", "key": case.id, "finish": "stop", "num_tokens": 0, "model": "m"}
+        for case in read_cases(demo_cases)
+    ]
+    samples, output = write_rows(tmp_path / "samples.jsonl", rows), tmp_path / "judgements.jsonl"
+
+    def write_alone(path: Path, rows) -> None:
+        with pytest.raises(ValueError, match="another process is writing it"):
+            Journal(path)
+        write(path, rows)
+
+    write = judge.write_rows
+    monkeypatch.setattr(judge, "write_rows", write_alone)
+    judge.command(
+        ["--cases", str(demo_cases), "--samples", str(samples), "--output", str(output)], standalone_mode=False
+    )  # fmt: skip
+    assert len(rows_of(output)) == len(rows)
 
 
 def test_what_the_disk_refuses_leaves_no_torn_line(tmp_path):

@@ -89,14 +89,6 @@ def command(
         greedy = world.on_main(lambda: greedy_questions(questions, kinds, folder / "images", seed, settings))
         drawn = drawn_questions(questions, num_samples, seed, settings)
         answers, identities = [], {}
-        with Journal(folder / "answers.jsonl", world.rank) as journal:
-            for name, text in named.items():
-                world.say(f"{name}: {text}")
-                model = _model(text, options, world)
-                identities[name] = {"model": text} | model.identity
-                answers += ask(name, model, greedy, settings | {"temperature": 0.0, "top_p": 1.0}, journal)
-                if drawn:
-                    answers += ask(name, model, drawn, settings | {"temperature": temperature, "top_p": top_p}, journal)
 
         def tell() -> None:
             told = settings | {"models": identities, "benchmarks": about, "probes": list(kinds), "samples": num_samples}
@@ -108,7 +100,15 @@ def command(
             print_summary(summary)
             click.echo(f"{folder / 'report.html'}")
 
-        world.on_main(tell)
+        with Journal(folder / "answers.jsonl", world.rank) as journal:
+            for name, text in named.items():
+                world.say(f"{name}: {text}")
+                model = _model(text, options, world)
+                identities[name] = {"model": text} | model.identity
+                answers += ask(name, model, greedy, settings | {"temperature": 0.0, "top_p": 1.0}, journal)
+                if drawn:
+                    answers += ask(name, model, drawn, settings | {"temperature": temperature, "top_p": top_p}, journal)
+            world.on_main(tell)  # while the journal keeps others out
 
 
 def parse_models(models: Sequence[str]) -> dict[str, str]:

@@ -82,9 +82,9 @@ def command(
                 said += judge_by_rules(answers, rubric)
             else:
                 said += asyncio.run(ask_judge(judge, answers, rubric, journal, options))
-    if how:
-        said += together(how, said, dict(zip(judges, weights or [1.0] * len(judges), strict=True)))
-    write_rows(Path(output), (judgement.row() for judgement in said))
+        if how:
+            said += together(how, said, dict(zip(judges, weights or [1.0] * len(judges), strict=True)))
+        write_rows(Path(output), (judgement.row() for judgement in said))  # while the journal keeps others out
     click.echo("\n".join([*summary(said), f"{len(said)} judgements of {len(answers)} answers in {output}"]))
 
 

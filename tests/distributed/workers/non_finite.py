@@ -9,7 +9,7 @@ from harness import DS_CONFIGS, main, make_batches, make_engine, make_settings, 
 from training import Poisoned
 
 from mede2.trainer import run
-from mede2.trainer.checkpoint import checkpoint_folders, first_whole, load_checkpoint, save_checkpoint
+from mede2.trainer.checkpoint import Checkpoints, checkpoint_folders, first_whole, load_checkpoint
 from mede2.trainer.engine import Engine, NonFiniteUpdate
 from mede2.trainer.loop import train
 from mede2.trainer.objectives import elicit
@@ -98,7 +98,7 @@ def counted(world: World, job: dict) -> dict:
         except NonFiniteUpdate as error:
             message = str(error)
         else:
-            save_checkpoint(engine, folder, steps.stop, {}, {})
+            Checkpoints(engine, folder, {}).save(steps.stop, {})
         engine.close()
     return {"before": before, "message": message}
 

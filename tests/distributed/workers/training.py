@@ -9,7 +9,8 @@ import torch
 from harness import main, make_batches, make_engine, make_settings, no_hook
 
 from mede2.trainer import reference
-from mede2.trainer.checkpoint import checkpoint_folders, first_whole, load_checkpoint, save_checkpoint
+from mede2.trainer.between import check_start
+from mede2.trainer.checkpoint import Checkpoints, checkpoint_folders, first_whole, load_checkpoint
 from mede2.trainer.data.batches import Batches, Totals
 from mede2.trainer.data.collate import MicroBatch
 from mede2.trainer.engine import Engine, NonFiniteUpdate
@@ -17,7 +18,6 @@ from mede2.trainer.export import export
 from mede2.trainer.loop import train
 from mede2.trainer.objectives import Enhance, Objective, elicit
 from mede2.trainer.rehearsal import rehearse
-from mede2.trainer.run import check_start
 from mede2.trainer.settings import Settings
 from mede2.trainer.world import World
 
@@ -121,7 +121,7 @@ def resume(world: World, job: dict) -> dict:
 
     def save(step: int, metrics: dict[str, float]) -> None:
         if step == 2:
-            save_checkpoint(engine, folder, 3, identity, objective.state_dict())
+            Checkpoints(engine, folder, identity).save(3, objective.state_dict())
             drawn["after saving"] = torch.rand(4)
 
     engine = make_engine(world, model, settings)
@@ -158,25 +158,25 @@ def saved(world: World, job: dict) -> dict:
     engine = make_engine(world, job["models"]["tied"], make_settings(1))
     left = []
     for step in range(1, 7):
-        save_checkpoint(engine, folder, step, {}, {}, keep=2, keep_every=3)
+        Checkpoints(engine, folder, {}, keep=2, keep_every=3).save(step, {})
         left.append([path.name for path in checkpoint_folders(folder)])
         world.barrier()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    refused = raised(lambda: save_checkpoint(engine, folder, 7, {}, {}, keep=1))
+    refused = raised(lambda: Checkpoints(engine, folder, {}, keep=1).save(7, {}))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     large = folder / "step-000006" / "large"  # as if the last one had been of a larger model
     if world.is_main:
         large.touch()
         os.truncate(large, 2**43)
     world.barrier()
-    full = raised(lambda: save_checkpoint(engine, folder, 7, {}, {}, keep=1))
+    full = raised(lambda: Checkpoints(engine, folder, {}, keep=1).save(7, {}))
     world.barrier()
     if world.is_main:
         large.unlink()
     world.barrier()
     whole = first_whole(checkpoint_folders(folder), world)
-    save_checkpoint(engine, folder, 7, {}, {}, keep=1, keep_every=3)
+    Checkpoints(engine, folder, {}, keep=1, keep_every=3).save(7, {})
     least = engine.num_state_bytes()
     engine.close()
     return {
