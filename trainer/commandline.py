@@ -19,6 +19,7 @@ FLAGS = (
 )  # fmt: skip
 METAVARS = {"model": "PATH_OR_HUB_NAME", "eval": "FILE", "output": "DIR", "resume": "auto|never|PATH"}
 PATIENCE_S = 5.0
+FAILED = 1  # exit code of a run that nobody should start again by itself
 
 
 def stage_command(stage: int) -> click.Command:
@@ -29,8 +30,10 @@ def stage_command(stage: int) -> click.Command:
             if more_train and not train:
                 raise ValueError(f"{more_train[0]}: unexpected; training files follow --train")
             _run(stage, ds, recipe, assignments, train + more_train, dry_run, flags)
-        except (ValueError, OutputLost) as error:
+        except ValueError as error:
             fail(str(error))
+        except OutputLost as error:
+            fail(str(error), FAILED)
 
     def flag(name: str) -> click.Option:
         metavar = METAVARS.get(name, "NUMBER")
@@ -135,10 +138,10 @@ class Commands(click.Group):
             fail(f"{error.name} is not installed; pip install 'mede2[{self.extra}]' installs all that these steps need")
 
 
-def fail(message: str) -> None:
-    """Print one error and exit with 1. Rank 0 has the first word; when another rank is still there after a while, the
+def fail(message: str, code: int = 1) -> None:
+    """Print one error and exit with `code`. Rank 0 has the first word; when another rank is still there after a while, the
     fault is its own and it speaks itself."""
     if int(os.environ.get("RANK", "0")):
         time.sleep(PATIENCE_S)
     click.echo(f"Error: {message}", err=True)
-    sys.exit(1)
+    sys.exit(code)
