@@ -139,8 +139,8 @@ class Commands(click.Group):
 
 
 def fail(message: str, code: int = 1) -> None:
-    """Print one error and exit with `code`. Rank 0 has the first word; when another rank is still there after a while, the
-    fault is its own and it speaks itself."""
+    """Print one error and exit with `code`. Rank 0 has the first word; when another rank is still there after a
+    while, the fault is its own and it speaks itself."""
     if int(os.environ.get("RANK", "0")):
         time.sleep(PATIENCE_S)
     click.echo(f"Error: {message}", err=True)
