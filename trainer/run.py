@@ -175,6 +175,7 @@ def _train(
         between.checkpoints.finish()
     except StopRequested:
         between.checkpoints.finish()
+        run.world.on_main(owner.release)
         raise
     finally:
         between.close()
