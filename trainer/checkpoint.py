@@ -32,6 +32,8 @@ class Checkpoint:
         identity: of its run.
         objective: what the objective carries.
         files: bytes and sha256 of each file, by its name within the folder.
+        owed: metrics of update `step` whose row is not yet in the metrics file, because the evaluation that belongs to
+            it was stopped; None: nothing is owed.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Checkpoint:
     identity: dict[str, Any]
     objective: dict[str, float]
     files: dict[str, dict[str, Any]]
+    owed: dict[str, float] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -51,7 +54,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
         names = ("step", "world_size", "identity", "objective")
-        checkpoint = Checkpoint(path, *(marker[name] for name in names), marker.get("files", {}))
+        checkpoint = Checkpoint(path, *(marker[name] for name in names), marker.get("files", {}), marker.get("owed"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no complete checkpoint ({MARKER} is missing or damaged)") from error
     for name, file in checkpoint.files.items():
@@ -90,7 +93,7 @@ def first_whole(folders: Sequence[Path], world: World) -> Checkpoint:
 
 def save_checkpoint(
     engine: Engine, folder: Path, step: int, identity: dict[str, Any], objective: dict[str, float],
-    keep: int = 0, keep_every: int = 0,
+    keep: int = 0, keep_every: int = 0, owed: dict[str, float] | None = None,
 ) -> Path:  # fmt: skip
     """Write the state after `step` updates: trained weights, optimizer, every rank's random number generators, and
     what the objective carries (its `state_dict`, the same on all ranks).
@@ -105,6 +108,7 @@ def save_checkpoint(
         objective: state of the objective.
         keep: newest checkpoints that stay; older ones are deleted when this one is whole. 0: all.
         keep_every: checkpoints whose step is a multiple of it stay whatever `keep` says. 0: none.
+        owed: see `Checkpoint`.
 
     Raises:
         ValueError: the disk has too little room or refuses; the checkpoints that were there are as they were.
@@ -123,6 +127,7 @@ def save_checkpoint(
             raise OSError("; ".join(unread))
         files = {name: {"bytes": (partial / name).stat().st_size, "sha256": value} for name, value in hashes.items()}
         marker = {"step": step, "world_size": world.size, "identity": identity, "objective": objective, "files": files}
+        marker |= {"owed": owed} if owed else {}
         write_json(partial / MARKER, marker)
         shutil.rmtree(final, ignore_errors=True)  # of an earlier run through the same step
         os.rename(partial, final)

@@ -69,13 +69,18 @@ def train(
 
 @torch.no_grad()
 def evaluate(engine: Engine, objective: Objective, batches: Batches) -> dict[str, float]:
-    """The objective's metrics over a whole held-out set, averaged over all its rows or answer tokens."""
+    """The objective's metrics over a whole held-out set, averaged over all its rows or answer tokens.
+
+    Raises:
+        StopRequested: on every rank; what was evaluated so far is lost.
+    """
     engine.deepspeed.eval()
     totals = batches.whole()
     stats: Stats = {}
     steps = range(batches.sampler.steps_per_epoch)
     feed = batches.feed(steps)
     for step in steps:
+        engine.world.stop_if_asked("in evaluation")
         for micro_batch in feed.micro_batches(step):
             micro_batch = micro_batch.to(engine.world.device, engine.dtype)
             _, shares = objective(engine(micro_batch), micro_batch, totals)

@@ -26,6 +26,7 @@ from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, 
 from mede2.trainer.rehearsal import rehearse
 from mede2.trainer.resolution import Resolved, resolve
 from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Settings
+from mede2.trainer.stopping import StopRequested
 from mede2.trainer.weights_and_biases import check_wandb, start_wandb, started_run
 from mede2.trainer.world import World
 
@@ -45,6 +46,7 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
 
     Raises:
         ValueError: anything that a user can mend, before the first update.
+        StopRequested: on every rank; the same command continues.
     """
     started = time.perf_counter()
     if resolved.settings.wandb:
@@ -75,7 +77,7 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         load_checkpoint(engine, checkpoint)
         objective.load_state_dict(checkpoint.objective)
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
-    _train(run, engine, objective, held_out_objective, feed)
+    _train(run, engine, objective, held_out_objective, feed, checkpoint.owed if checkpoint else None)
     rows = world.on_main(lambda: read_metrics(output / "metrics.jsonl"))
     last = rows[-1] if rows else {}  # none where a finished checkpoint continues in a new output
     difference = _export(run, engine, last)
@@ -205,6 +207,7 @@ def _reference_engine(run: Prepared) -> Engine:
 
 
 def _load(run: Prepared, folder: Path, adapter: Settings | Path | None = None, quantize: str | None = None) -> Policy:
+    run.world.stop_if_asked(f"before the weights of {folder} were loaded")
     return load_policy(
         folder, dtype=run.dtype, attention=run.settings.attention, implementation=run.implementation,
         deepspeed_config=run.config, activation_checkpointing=run.settings.activation_checkpointing,
@@ -214,14 +217,15 @@ def _load(run: Prepared, folder: Path, adapter: Settings | Path | None = None, q
 
 
 def _train(
-    run: Prepared, engine: Engine, objective: Objective, held_out_objective: Objective | None, feed: Feed
-) -> None:
-    """The loop with its watching, evaluating and saving."""
+    run: Prepared, engine: Engine, objective: Objective, held_out_objective: Objective | None, feed: Feed,
+    owed: dict[str, float] | None,
+) -> None:  # fmt: skip
+    """The loop with its watching, evaluating, saving and stopping. `owed`: see `Checkpoint`."""
     settings, world = run.settings, run.world
     watch = None
     if world.is_main:
         tracker = started_run() if settings.wandb else None
-        watch = Metrics(run.output, feed.steps.start, run.num_steps, f"stage {run.stage}", tracker)
+        watch = Metrics(run.output, feed.steps.start - bool(owed), run.num_steps, f"stage {run.stage}", tracker)
     check_moved = None if on_nvme(run.config) else MovedCheck(engine)
     if check_moved is None:
         world.say("offload to NVMe: whether all that trains moves is not checked")
@@ -237,20 +241,38 @@ def _train(
         if check_moved and check_moved.waiting:
             check_moved(has_image=run.train.totals(step).num_with_image > 0)
         metrics["epoch"] = done / run.train.sampler.steps_per_epoch
-        if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
-            metrics |= evaluate(engine, held_out_objective, run.held_out)
-            metrics.pop("eval/rewards/margins_abs", None)
-        if watch:
-            watch.row(done, metrics, seconds)
-        if done == run.num_steps or (settings.save_every and done % settings.save_every == 0):
-            save_checkpoint(
-                engine, run.output / "checkpoints", done, run.identity, objective.state_dict(),
-                settings.keep_checkpoints, settings.keep_every,
-            )  # fmt: skip
+        try:
+            complete(done, metrics, seconds)
+        except StopRequested:
+            save(done, owed=metrics | {"step_ms": seconds * 1e3})
+            raise
+        due = done == run.num_steps or (settings.save_every and done % settings.save_every == 0)
+        if due or world.asked_to_stop():
+            save(done)
+            world.stop_if_asked(f"after update {done} of {run.num_steps}")  # asked before, or while it was written
         if watch:
             watch.start_lap()
 
+    def complete(done: int, metrics: dict[str, float], seconds: float) -> None:
+        """The evaluation that an update owes, and its row."""
+        if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
+            metrics = metrics | evaluate(engine, held_out_objective, run.held_out)
+            metrics.pop("eval/rewards/margins_abs", None)
+        if watch:
+            watch.row(done, metrics, seconds)
+
+    def save(done: int, owed: dict[str, float] | None = None) -> None:
+        if watch:
+            watch.sync()
+        save_checkpoint(
+            engine, run.output / "checkpoints", done, run.identity, objective.state_dict(),
+            settings.keep_checkpoints, settings.keep_every, owed,
+        )  # fmt: skip
+
     try:
+        if owed:
+            complete(feed.steps.start, owed, owed["step_ms"] / 1e3)
+        world.stop_if_asked(f"before update {feed.steps.start + 1} of {run.num_steps}")
         if feed.steps:
             rehearse(engine, objective, run.train, feed.steps)
         train(
@@ -283,6 +305,7 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     The engine is closed between: a device that just holds one model has no room for two.
     """
     world = run.world
+    world.stop_if_asked("before the export")
     probe = next(run.train.micro_batches(0)).to(world.device, engine.dtype)
     partial = run.output / ".export.partial"
     inputs = {name: run.identity[name] for name in ("model", "train", "eval", "reference") if run.identity[name]}

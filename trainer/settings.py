@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mede2.trainer.stopping import MARGIN_S
+
 ELICIT, ENHANCE = 1, 2
 STAGE_NAMES = {ELICIT: "Stage I (elicit)", ENHANCE: "Stage II (enhance)"}
 OF_ADAPTERS = (
@@ -100,6 +102,13 @@ class Settings:
         0, "Checkpoints after a multiple of so many updates are kept whatever keep_checkpoints says (0: none).",
         at_least=0, harmless=True,
     )  # fmt: skip
+    stop_margin_s: float = _setting(
+        MARGIN_S,
+        "Seconds before the end of the SLURM job (SLURM_JOB_END_TIME) at which a run stops, writes a checkpoint and "
+        "asks to be requeued.",
+        at_least=0,
+        harmless=True,
+    )
     eval_every: int = _setting(0, "Evaluate every so many updates (0: only at the end).", at_least=0, harmless=True)
     resume: str = _setting(
         "auto",

@@ -314,7 +314,7 @@ def test_rows_of_unknown_answers_are_refused(pairs, demo_cases, judged_files, tm
         "select", "--cases", str(demo_cases), "--samples", str(file), "--judgements", str(judgements),
         "--output", str(tmp_path / "never.jsonl"),
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout.startswith("Error: ")
     assert "Traceback" not in done.stdout
     assert not (tmp_path / "never.jsonl").exists()

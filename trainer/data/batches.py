@@ -11,6 +11,7 @@ from mede2.trainer.data.collate import Collator, MicroBatch
 from mede2.trainer.data.dataset import DataSet
 from mede2.trainer.data.encoding import Example
 from mede2.trainer.data.sampler import Sampler, Slot
+from mede2.trainer.stopping import end_with_parent, signals_held
 from mede2.trainer.world import World
 
 
@@ -108,13 +109,14 @@ class Feed:
         plan = [slots for step in steps for slots in of_steps[step]]
         self.waited_s = 0.0
         num_workers = min(batches.num_workers, len(plan))
-        self._loader = iter(
-            DataLoader(
-                _Planned(batches.collator, batches.dataset.examples, plan), batch_size=None, num_workers=num_workers,
-                multiprocessing_context="fork" if num_workers else None, pin_memory=batches.world.device.type == "cuda",
-                collate_fn=_as_it_is, generator=torch.Generator(),  # the default one belongs to the run
-            )
+        loader = DataLoader(
+            _Planned(batches.collator, batches.dataset.examples, plan), batch_size=None, num_workers=num_workers,
+            multiprocessing_context="fork" if num_workers else None, pin_memory=batches.world.device.type == "cuda",
+            collate_fn=_as_it_is, generator=torch.Generator(),  # the default one belongs to the run
+            worker_init_fn=end_with_parent,
         )  # fmt: skip
+        with signals_held():  # a stop that reaches every process of the job must leave them to the run that stops
+            self._loader = iter(loader)
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Those of the next update; call it for the steps in their order."""
