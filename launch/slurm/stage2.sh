@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stage II under SLURM: `sbatch launch/slurm/stage2.sh` in the repository's root. Change what stands here by hand, or let
-# `python launch/submit.py stage2` fill it in. The same job goes on in the queue until the run is done; see job.sh.
+# Stage II under SLURM, one job for all updates. In the repository's root: `sbatch launch/slurm/stage2.sh`.
+# Change by hand what stands here, or let `python launch/submit.py stage2` fill it in. See job.sh.
 #SBATCH --job-name=stage2
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -12,13 +12,13 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 
-VENV=.venv          # of python; empty: what PATH finds, as in a container
-LAUNCHER=torchrun   # or deepspeed
-CONTAINER=()        # what runs a command in one, such as (apptainer exec --nv image.sif)
+VENV=.venv  # of python; empty: the python of PATH, as in a container
+LAUNCHER=torchrun  # or deepspeed
+CONTAINER=()  # what runs a command in one, such as (apptainer exec --nv image.sif) or srun's (--container-image=...)
 DS=ds_configs/z3.json
-OUTPUT=runs/stage2  # on a disk that all nodes share
-ARGUMENTS=(--train pairs.jsonl --save-every 100)  # more: python launch/stage2.py --help
+OUTPUT=runs/stage2  # starts from the stage1 beside it
+ARGUMENTS=(--train pairs.jsonl --save-every 100)  # launch/stage2.py --help
 
-PROGRESS=$OUTPUT/checkpoints
+PROGRESS=("$OUTPUT/checkpoints" "$(dirname "$OUTPUT")/reference_cache")
 source launch/slurm/job.sh
-until_stopped on_nodes launch/stage2.py --ds "$DS" --output "$OUTPUT" "${ARGUMENTS[@]}"
+job on_nodes launch/stage2.py --ds "$DS" --output "$OUTPUT" "${ARGUMENTS[@]}"

@@ -1,7 +1,7 @@
 """A real SLURM of two nodes on this machine, of the system's own packages, private to these tests.
 
-Every daemon has a host name of its own (private mount and uts namespaces over the shared network), so that a node is what
-it is on a cluster: a name, and all the processes under it, which die together.
+Every daemon has a host name of its own (private mount and uts namespaces over the shared network), so that a node is
+what it is on a cluster: a name, and all the processes under it, which die together.
 """
 
 import os
