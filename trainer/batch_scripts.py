@@ -4,9 +4,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-TIME = re.compile(
-    r"\d+(:[0-5]?\d){0,2}|\d+-([01]?\d|2[0-3])(:[0-5]?\d){0,2}"
-)  # those of sbatch
+TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-([01]?\d|2[0-3])(:[0-5]?\d){0,2}")  # those of sbatch
 DIRECTIVE = re.compile(r"(?P<name>[a-z][a-z-]*)(=(?P<value>[^\s\"'\\#]+))?")
 COMMENT = re.compile(r"  # .*$")
 
@@ -62,7 +60,5 @@ def parse_directive(text: str) -> tuple[str, str]:
 def check_time(text: str) -> str:
     """The time, if sbatch takes it; else ValueError."""
     if not TIME.fullmatch(text) or not re.search("[1-9]", text):
-        raise ValueError(
-            f"{text!r} is no time: minutes, hours:minutes:seconds or days-hours:minutes:seconds"
-        )
+        raise ValueError(f"{text!r} is no time: minutes, hours:minutes:seconds or days-hours:minutes:seconds")
     return text

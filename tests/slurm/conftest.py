@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "unshare")
 NODES = ("n1", "n2")
+PATIENCE_S = 240
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
 
@@ -56,8 +57,8 @@ MinJobAge=600
 SlurmctldTimeout=30
 SlurmdTimeout=6
 SlurmdParameters=config_overrides
-NodeName=n1 NodeAddr=127.0.0.1 NodeHostname=n1 Port={port1} CPUs={cores}
-NodeName=n2 NodeAddr=127.0.0.1 NodeHostname=n2 Port={port2} CPUs={cores}
+NodeName=n1 NodeAddr=127.0.0.1 NodeHostname=n1 Port={port1} CPUs=8
+NodeName=n2 NodeAddr=127.0.0.1 NodeHostname=n2 Port={port2} CPUs=8
 PartitionName=main Nodes=ALL GraceTime=60 Default=YES MaxTime=INFINITE PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
@@ -83,7 +84,7 @@ class Cluster:
         (folder / "hosts").write_text(Path("/etc/hosts").read_text() + f"127.0.0.1 {names}\n")
         port, port1, port2 = _free_ports(3)
         (folder / "slurm.conf").write_text(CONFIGURATION.format(
-            folder=folder, user=subprocess.check_output(["id", "-un"], text=True).strip(), cores=os.cpu_count(),
+            folder=folder, user=subprocess.check_output(["id", "-un"], text=True).strip(),
             port=port, port1=port1, port2=port2,
         ))  # fmt: skip
 
@@ -134,8 +135,18 @@ class Cluster:
         told = self.run("scontrol", "show", "job", "-o", job_id)
         return dict(field.partition("=")[::2] for field in told.split())
 
-    def wait_for(self, what: Callable[[], bool], told: str, timeout_s: float = 120) -> None:
-        _wait_until(what, timeout_s, told)
+    def wait_for(self, what: Callable[[], bool], told: str, log: Path | None = None) -> None:
+        """Wait until it holds; a job's log is the failure's message where it does not."""
+        _wait_until(what, PATIENCE_S, told, log)
+
+    def wait_for_end(self, job_id: str, log: Path | None = None) -> None:
+        """Wait until a job is neither waiting nor running nor on its way out."""
+        unfinished = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
+        self.wait_for(lambda: self.job(job_id)["JobState"] not in unfinished, f"the end of job {job_id}", log)
+
+    @staticmethod
+    def free_ports(number: int) -> list[int]:
+        return _free_ports(number)
 
     def _on_host(self, host: str, *command: str) -> list[str]:
         flags = ["-mu"] if os.getuid() == 0 else ["-Ucmu", "--keep-caps"]
@@ -172,10 +183,12 @@ def _free_ports(number: int) -> list[int]:
     return ports
 
 
-def _wait_until(what: Callable[[], bool], timeout_s: float, told: str) -> None:
+def _wait_until(what: Callable[[], bool], timeout_s: float, told: str, log: Path | None = None) -> None:
     deadline = time.monotonic() + timeout_s
     while not what():
-        assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {told}"
+        if time.monotonic() > deadline:
+            said = f"\n{log.read_text()[-6000:]}" if log and log.exists() else ""
+            pytest.fail(f"not within {timeout_s:.0f} s: {told}{said}")
         time.sleep(0.1)
 
 
