@@ -128,6 +128,8 @@ def sweep(
     arguments: Sequence[str], **job: Any,
 ) -> None:  # fmt: skip
     for member in members:
+        if any("\n" in word for word in member):
+            raise click.UsageError(f"--member {shlex.join(member)!r}: has a line break, which the script cannot hold")
         check_stage(2, ds, recipe, [*arguments, *member])
     array = f"0-{len(members) - 1}" + (f"%{at_once}" if at_once else "")
     settings = {"DS": ds, "OUTPUT": output, "MEMBERS": [shlex.join(member) for member in members]}

@@ -4,7 +4,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-([01]?\d|2[0-3])(:[0-5]?\d){0,2}")  # those of sbatch
+TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-([01]?\d|2[0-3])(:[0-5]?\d){0,2}", re.ASCII)  # those of sbatch
 DIRECTIVE = re.compile(r"(?P<name>[a-z][a-z-]*)(=(?P<value>[^\s\"'\\#]+))?")
 COMMENT = re.compile(r"  # .*$")
 

@@ -1,5 +1,6 @@
 """Jobs on a real SLURM of two nodes, one rank on each: whatever interrupts them, they end with the same weights."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -198,7 +199,7 @@ def test_a_chain_goes_from_stage_one_to_the_report(cluster, submit, folder, demo
     logs = [path.read_text() for job in jobs for path in folder.glob(f"*-{job}.out")]
     assert [job["JobState"] for job in told] == ["COMPLETED"] * 4, logs
     assert [job["Restarts"] for job in told] == ["1", "0", "0", "0"]
-    for before, after in zip(told, told[1:], strict=False):
+    for before, after in itertools.pairwise(told):
         assert before["EndTime"] <= after["StartTime"]
     assert weights(runs / "stage1") == weights(folder / "alone" / "stage1")
     assert (runs / "pairs" / "pairs.jsonl").read_text().count("\n") >= 2
