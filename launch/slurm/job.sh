@@ -5,11 +5,11 @@
 #
 # SIGUSR1, which #SBATCH --signal sends before the time is up, and SIGTERM ask the command to stop, by a file: launchers
 # pass no signal on. A command that stopped where it can go on says so by code 75, or by a file where the launcher loses
-# codes, and the job goes back into the queue under its own id; so it does when a node has died. Other codes end it, and
-# `afterok` goes on after 0 alone.
+# codes, and the job goes back into the queue under its own id; where a node died, SLURM itself puts it there. Other codes
+# end it, and `afterok` goes on after 0 alone.
 set -euo pipefail
 
-USER_ERROR=2 REQUEUE=75
+REQUEUE=75
 MAX_ATTEMPTS=5  # that began at the same point: a job whose time is too short for any progress fails then
 
 # Run a script on every GPU of every node. A rank that fails ends them all.
@@ -55,16 +55,8 @@ job() {
         requeue
     elif [ "$code" = 0 ]; then
         rm -r "$SIGNALS"
-    elif [ "$code" != "$USER_ERROR" ] && ! nodes_answer; then
-        echo "job.sh: a node does not answer"
-        requeue
     fi
     exit "$code"
-}
-
-# Whether each node still does what it is told. One that died fails the command long before SLURM misses it.
-nodes_answer() {
-    timeout 60 srun --ntasks-per-node=1 true
 }
 
 requeue() {

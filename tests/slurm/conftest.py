@@ -56,6 +56,8 @@ KillWait=10
 MinJobAge=600
 SlurmctldTimeout=30
 SlurmdTimeout=6
+MessageTimeout=5
+TCPTimeout=1
 SlurmdParameters=config_overrides
 NodeName=n1 NodeAddr=127.0.0.1 NodeHostname=n1 Port={port1} CPUs=8
 NodeName=n2 NodeAddr=127.0.0.1 NodeHostname=n2 Port={port2} CPUs=8
