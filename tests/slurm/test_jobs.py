@@ -14,7 +14,7 @@ from mede2.trainer.files import hash_file
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]
-NUM_STEPS = 16
+NUM_STEPS = 20
 TRAINING = (
     "--model", "trainer/demo/base", "--epochs", "100", "--max-steps", str(NUM_STEPS), "--save-every", "1",
     "--global-batch-size", "4", "--micro-batch-size", "2", "--learning-rate", "1e-4", "--max-length", "512",
@@ -39,7 +39,7 @@ def training(folder) -> tuple[str, ...]:
 def submit(cluster, folder):
     """`submit(command, *arguments)` runs launch/submit.py for two nodes without GPUs; returns the job ids."""
     common = (
-        "--gpus-per-node", "0", "--cpus-per-task", "1", "--time", "20", "--partition", "main", "--venv", sys.prefix,
+        "--gpus-per-node", "0", "--cpus-per-task", "3", "--time", "20", "--partition", "main", "--venv", sys.prefix,
         "--sbatch", f"output={folder}/%x-%j.out",
     )  # fmt: skip
 
@@ -110,38 +110,36 @@ def steps(output: Path) -> list[int]:
 def test_whatever_interrupts_a_job_it_ends_with_the_weights_of_an_undisturbed_run(
     cluster, submit, folder, training, short_of_time, undisturbed
 ):
-    """In turn: the signal that SLURM sends before the time is up; an operator's requeue; a job in a partition that goes
-    first; a node that dies. Each when a few more updates are done."""
+    """In turn: a job in a partition that goes first; the signal that SLURM sends before the time is up; an operator's
+    requeue; a node that dies. Each when two more updates are done."""
     output = folder / "disturbed/stage2"
     (job,) = submit("stage2", "--output", str(output), *training)
+    log = folder / f"stage2-{job}.out"
 
-    def urgent_job() -> None:
-        cluster.run(
-            "sbatch", "--partition=urgent", "--nodes=2", "--ntasks-per-node=6", "--output=/dev/null", "--wrap=sleep 1"
-        )
+    def preempt() -> None:  # of the 8 CPUs of a node the job holds 3
+        urgent = ("--partition=urgent", "--nodes=2", "--ntasks-per-node=6", "--output=/dev/null", "--wrap=sleep 1")
+        cluster.run("sbatch", *urgent)
 
     interruptions = (
+        preempt,
         lambda: cluster.run("scancel", "--batch", "--signal=USR1", job),
         lambda: cluster.run("scontrol", "requeue", job),
-        urgent_job,
         lambda: cluster.kill_node("n2"),
     )
-    for number, interrupt in enumerate(interruptions, 1):
-        cluster.wait_for(
-            lambda n=number: num_updates(output) >= 3 * n, f"update {3 * number}", log=job_log(folder, job)
-        )
+    done = []
+    for interrupt in interruptions:
+        done.append(num_updates(output))
+        cluster.wait_for(lambda: num_updates(output) >= done[-1] + 2, f"update {done[-1] + 2}", log)
         interrupt()
-        cluster.wait_for(
-            lambda n=number: cluster.job(job)["Restarts"] == str(n), f"restart {number}", log=job_log(folder, job)
-        )
+        cluster.wait_for(lambda: cluster.job(job)["Restarts"] == str(len(done)), f"restart {len(done)}", log)
     cluster.start_node("n2")
-    cluster.wait_for_end(job, log=job_log(folder, job))
+    cluster.wait_for_end(job, log)
 
-    log = job_log(folder, job).read_text()
-    assert cluster.job(job)["JobState"] == "COMPLETED", log
-    continued = [int(step) for step in re.findall(r"continuing \S+ at update (\d+) of 16", log)]
-    assert len(continued) == len(interruptions), log
-    assert all(step >= 3 * number for number, step in enumerate(continued, 1)), continued
+    told = log.read_text()
+    assert cluster.job(job)["JobState"] == "COMPLETED", told
+    continued = [int(step) for step in re.findall(rf"continuing \S+ at update (\d+) of {NUM_STEPS}", told)]
+    assert len(continued) == len(interruptions), told
+    assert all(step > before for step, before in zip(continued, done, strict=True)), (continued, done)
     assert steps(output) == list(range(1, NUM_STEPS + 1))
     assert weights(output) == undisturbed
     assert not (output.parent / "signals" / job).exists()
@@ -185,7 +183,9 @@ def test_a_chain_goes_from_stage_one_to_the_report(cluster, submit, folder, demo
         "--stage2", " ".join(of_stage2), "--evaluate", "--max-tokens 80", nodes=1,
     )  # fmt: skip
     assert len(jobs) == 4
-    cluster.wait_for(lambda: num_updates(runs / "stage1") >= 12, "update 12 of Stage I", log=folder / "stage1.out")
+    cluster.wait_for(
+        lambda: num_updates(runs / "stage1") >= 12, "update 12 of Stage I", folder / f"stage1-{jobs[0]}.out"
+    )
     cluster.run("scancel", "--batch", "--signal=USR1", jobs[0])
     alone = subprocess.run(
         [sys.executable, "launch/stage1.py", "--ds", "ds_configs/z3.json", "--output", str(folder / "alone" / "stage1"),
@@ -193,8 +193,8 @@ def test_a_chain_goes_from_stage_one_to_the_report(cluster, submit, folder, demo
         cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert alone.returncode == 0, alone.stdout + alone.stderr
-    for job in jobs:
-        cluster.wait_for_end(job, log=next(folder.glob(f"*-{job}.out"), None))
+    for name, job in zip(("stage1", "pairs", "stage2", "evaluate"), jobs, strict=True):
+        cluster.wait_for_end(job, folder / f"{name}-{job}.out")
     told = [cluster.job(job) for job in jobs]
     logs = [path.read_text() for job in jobs for path in folder.glob(f"*-{job}.out")]
     assert [job["JobState"] for job in told] == ["COMPLETED"] * 4, logs
@@ -218,7 +218,7 @@ def test_a_user_error_ends_the_job_and_cancels_what_waits_for_it(cluster, submit
     assert [job["JobState"] for job in told] == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
     assert told[0]["ExitCode"] == "2:0"
     assert told[0]["Restarts"] == "0"
-    assert "no_such_setting" in job_log(folder, jobs[0]).read_text()
+    assert "no_such_setting" in (folder / f"stage1-{jobs[0]}.out").read_text()
 
 
 def test_slurm_signals_before_the_time_is_up_and_a_job_without_progress_is_not_requeued_for_ever(
@@ -232,7 +232,3 @@ def test_slurm_signals_before_the_time_is_up_and_a_job_without_progress_is_not_r
     assert "TIME LIMIT" not in told
     assert "requeued after attempt 0" in told
     assert "not requeued: 2 attempts, and nothing new in" in told
-
-
-def job_log(folder: Path, job: str) -> Path:
-    return next(folder.glob(f"*-{job}.out"), folder / f"none-{job}.out")
