@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "unshare")
 NODES = ("n1", "n2")
-PATIENCE_S = 240
+PATIENCE_S = 400
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from mede2.trainer.batch_scripts import fill
 from mede2.trainer.files import hash_file
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1500)
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 20
 TRAINING = (
@@ -169,18 +170,18 @@ def test_a_chain_goes_from_stage_one_to_the_report(cluster, submit, folder, demo
     from mede2.trainer.demo.records import write_cases, write_stage1
 
     records = write_stage1(folder / "demonstrations", 320, seed=5)
-    cases = write_cases(folder / "cases" / "cases.jsonl", 24, seed=3, split="stage2")
+    cases = write_cases(folder / "cases" / "cases.jsonl", 40, seed=3, split="stage2")
     runs = folder / "chain"
     common = ["--max-length", "512", "--set", "num_workers=0", "--save-every", "10"]
     of_stage1 = [
         "--model", "trainer/demo/base", "--train", str(records), "--epochs", "2", "--micro-batch-size", "16",
         "--learning-rate", "1.5e-3", *common,
     ]  # fmt: skip
-    of_stage2 = ["--global-batch-size", "2", "--max-steps", "2", *common]
+    of_stage2 = ["--global-batch-size", "1", "--micro-batch-size", "1", "--epochs", "100", "--max-steps", "2", *common]
     jobs = submit(
         "chain", "--runs", str(runs), "--cases", str(cases), "--benchmark", f"cases={demo_cases}",
-        "--stage1", " ".join(of_stage1), "--pairs", "--num 4 --max-tokens 80 --batch-size 96",
-        "--stage2", " ".join(of_stage2), "--evaluate", "--max-tokens 80", nodes=1,
+        "--stage1", shlex.join(of_stage1), "--pairs", "--num 4 --max-tokens 80 --batch-size 160",
+        "--stage2", shlex.join(of_stage2), "--evaluate", "--max-tokens 80", nodes=1,
     )  # fmt: skip
     assert len(jobs) == 4
     cluster.wait_for(
@@ -202,7 +203,7 @@ def test_a_chain_goes_from_stage_one_to_the_report(cluster, submit, folder, demo
     for before, after in itertools.pairwise(told):
         assert before["EndTime"] <= after["StartTime"]
     assert weights(runs / "stage1") == weights(folder / "alone" / "stage1")
-    assert (runs / "pairs" / "pairs.jsonl").read_text().count("\n") >= 2
+    assert (runs / "pairs" / "pairs.jsonl").read_text().count("\n") >= 1
     assert json.loads((runs / "stage2" / "summary.json").read_text())["updates"] == 2
     assert (runs / "evaluation" / "report.html").is_file()
 
