@@ -232,7 +232,7 @@ def find_checkpoint(run: Prepared) -> Checkpoint | None:
 def _folders_to_resume(run: Prepared) -> list[Path]:
     """Of the checkpoints that may serve, the best first."""
     output, resume = run.output, run.settings.resume
-    is_empty = not (output.exists() and any(output.iterdir()))
+    is_empty = not output.exists() or set(output.iterdir()) <= set(output.glob(".*.partial"))  # killed while it began
     if not is_empty and not (output / "identity.json").exists():
         raise ValueError(f"output: {output} holds files of something else; name another --output")
     if resume not in ("auto", "never"):
