@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
@@ -181,8 +181,8 @@ class Campaign:
         num_updates, num_moments = len(self.undisturbed.rows), len(self.moments)
         self.say(f"undisturbed: {num_updates} updates, {self.seconds:.1f} s, {num_moments} moments")
 
-    def kill(self, number: int, sabotage: str | None = None) -> list[Run]:
-        """So many kills, spread over the phases; every run goes to its end and is judged."""
+    def kill(self, number: int, sabotage: str | None = None) -> Iterator[Run]:
+        """So many kills, spread over the phases; every run goes to its end, is judged, and then yielded."""
         if self.undisturbed is None:
             self.see()
         phases: list[str] = []
@@ -190,10 +190,9 @@ class Campaign:
             some = ["step", "evaluation", "save"] if sabotage else list(PHASES)
             phases += self.rng.sample(some, len(some))
         first = SAVE_EVERY + 1 if sabotage else 0  # what is not restored shows only where something is
-        waiting, runs = phases[:number], []
+        waiting = phases[:number]
         while waiting:
             run = Run(Path(tempfile.mkdtemp(prefix="run-", dir=self.folder)))
-            runs.append(run)
             drawn = [self._draw(phase, lambda moment: moment.update >= first) for phase in waiting[:PER_RUN]]
             del waiting[:PER_RUN]
             for rank, moment in sorted(drawn, key=self._place):
@@ -207,7 +206,7 @@ class Campaign:
                 if not self._kill_at(run, rank, moment, sabotage) and not run.faults:
                     waiting.append(moment.phase)
             self._finish(run, sabotage)
-        return runs
+            yield run
 
     def _draw(self, phase: str, fits: Callable[[Moment], bool]) -> tuple[int, Moment] | None:
         """A moment of a phase and the rank that comes to it; None: none fits."""
@@ -299,13 +298,13 @@ def headline(runs: list[Run]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def as_rows(runs: list[Run], seed: int) -> list[dict]:
-    """A row for each kill."""
-    return [
-        {"seed": seed, "run": number, "kill": kill, **row, "identical_losses": run.identical_losses,
-         "identical_weights": run.identical_weights, "lost": "; ".join(run.faults).partition("\n")[0]}
-        for number, run in enumerate(runs, start=1) for kill, row in enumerate(run.kills, start=1)
-    ]  # fmt: skip
+def as_rows(run: Run) -> list[dict]:
+    """A row for each kill of a run that is judged."""
+    judged = {
+        "identical_losses": run.identical_losses, "identical_weights": run.identical_weights,
+        "lost": "; ".join(run.faults).partition("\n")[0],
+    }  # fmt: skip
+    return [{"kill": number, **row, **judged} for number, row in enumerate(run.kills, start=1)]
 
 
 def as_table(rows: list[dict], title: str) -> Table:
@@ -346,13 +345,16 @@ def main(kills, seed, quick, launcher, sabotage, output) -> None:
     place = environment(("deepspeed", "transformers"))
     console.print(", ".join(f"{key}: {value}" for key, value in place.items()), soft_wrap=True, markup=False)
     folder = Path(tempfile.mkdtemp(prefix="campaign-"))
-    runs = Campaign(folder, seed, launcher, lambda text: console.print(text, markup=False, soft_wrap=True)).kill(
-        kills, sabotage
-    )
-    rows, found = as_rows(runs, seed), headline(runs)
+    campaign = Campaign(folder, seed, launcher, lambda text: console.print(text, markup=False, soft_wrap=True))
+    runs, rows = [], []
+    for run in campaign.kill(kills, sabotage):
+        runs.append(run)
+        of_run = [{**place, "seed": seed, "run": len(runs), **row} for row in as_rows(run)]
+        rows += of_run
+        if of_run and not sabotage:
+            append_csv(output / "campaign_faults.csv", of_run)
+    found = headline(runs)
     whole = found["identical"] == found["runs"] and not found["lost"]
-    if not sabotage:
-        append_csv(output / "campaign_faults.csv", [{**place, **row} for row in rows])
     if whole:
         shutil.rmtree(folder)
     else:

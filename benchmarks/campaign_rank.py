@@ -254,7 +254,9 @@ def write_model(folder: Path) -> None:
 
     from mede2.trainer.data.processing import save_processor
     from mede2.trainer.demo.defaults import BASE_MODEL
+    from mede2.trainer.policy import quiet_transformers
 
+    quiet_transformers()
     config = AutoConfig.from_pretrained(BASE_MODEL)
     config.text_config.num_hidden_layers, config.text_config.layer_types = 1, config.text_config.layer_types[:1]
     config.vision_config.depth, config.vision_config.fullatt_block_indexes = 1, [0]

@@ -66,14 +66,14 @@ def refusal(start) -> str:
 
 
 def test_runs_that_are_killed_end_as_if_they_had_not_been(faults, campaign):
-    runs = campaign.kill(3)
+    runs = list(campaign.kill(3))
     assert faults.headline(runs) == {"kills": 3, "runs": 1, "identical": 1, "lost": 0}
     assert len({kill["phase"] for run in runs for kill in run.kills}) == 3
 
 
 @pytest.mark.parametrize("sabotage", ["rng", "data"])
 def test_the_campaign_fails_where_something_is_not_restored(faults, campaign, sabotage):
-    (run,) = runs = campaign.kill(1, sabotage)
+    (run,) = runs = list(campaign.kill(1, sabotage))
     assert faults.headline(runs) == {"kills": 1, "runs": 1, "identical": 0, "lost": 0}
     assert (run.identical_losses, run.identical_weights) == (False, False)
 
