@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -13,9 +14,9 @@ from pathlib import Path
 import campaign_rank
 from campaign_rank import JOB, Job, Moment
 
-LAUNCHERS = {
-    "torchrun": ("torchrun", "--nproc_per_node", "2", "--master_port"),
-    "deepspeed": ("deepspeed", "--num_gpus", "2", "--master_port"),
+LAUNCHERS = {  # with their options; the port follows
+    "torchrun": ("--nproc_per_node", "2", "--master_port"),
+    "deepspeed": ("--num_gpus", "2", "--master_port"),
 }
 RANKS = range(2)
 GRACE_S, TERM_S = 3.0, 3.0  # for a forked rank whose peer has ended: to end by itself, and after SIGTERM
@@ -92,7 +93,8 @@ class Launched:
     def __init__(self, launcher: str, arguments: list[str], job: Job, log: Path, port: str):
         left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_SIZE", "PYTHONSAFEPATH")
         environment = {name: value for name, value in os.environ.items() if name not in left_out}
-        command = [*LAUNCHERS[launcher], port, campaign_rank.__file__, *arguments]
+        beside_python = str(Path(sys.executable).with_name(launcher))
+        command = [beside_python, *LAUNCHERS[launcher], port, campaign_rank.__file__, *arguments]
         self.folder = Path(job.folder)
         with log.open("a") as file:
             self.process = subprocess.Popen(
