@@ -303,6 +303,7 @@ def as_rows(run: Run) -> list[dict]:
     judged = {
         "identical_losses": run.identical_losses, "identical_weights": run.identical_weights,
         "lost": "; ".join(run.faults).partition("\n")[0],
+        "left_over": " ".join(sorted(path.name for path in run.folder.rglob("*.partial"))),
     }  # fmt: skip
     return [{"kill": number, **row, **judged} for number, row in enumerate(run.kills, start=1)]
 
