@@ -20,7 +20,7 @@ LAUNCHERS = {  # with their options; the port follows
 }
 RANKS = range(2)
 GRACE_S, TERM_S = 3.0, 3.0  # for a forked rank whose peer has ended: to end by itself, and after SIGTERM
-HANGS_S = 180.0  # a start that takes longer hangs
+HANGS_S = 600.0  # a start that takes longer hangs
 TICK_S = 0.01
 
 

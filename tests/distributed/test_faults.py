@@ -12,6 +12,7 @@ import click
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)  # the runs are many; on a busy machine each takes a minute
 
 
 @pytest.fixture(scope="module")
