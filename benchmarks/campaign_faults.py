@@ -206,7 +206,8 @@ class Campaign:
                 if not self._kill_at(run, rank, moment, sabotage) and not run.faults:
                     waiting.append(moment.phase)
             self._finish(run, sabotage)
-            yield run
+            if run.kills or run.faults:
+                yield run
 
     def _draw(self, phase: str, fits: Callable[[Moment], bool]) -> tuple[int, Moment] | None:
         """A moment of a phase and the rank that comes to it; None: none fits."""
@@ -250,6 +251,7 @@ class Campaign:
                 run.faults.append(f"ended with {start.codes} before it was killed:\n{start.log[-2000:]}")
             elif moment.phase != "any":
                 raise click.ClickException(f"rank {rank} never came to {moment}")
+            self.seconds /= 2  # it was slower when it was measured
             return False
         if start.came_from not in (None, newest):
             run.faults.append(f"continued from update {start.came_from}, though {newest} is complete")
