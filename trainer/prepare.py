@@ -287,7 +287,8 @@ def for_this_world(run: Prepared, checkpoint: Checkpoint) -> tuple[Prepared, Che
 def _folders_to_resume(run: Prepared) -> list[Path]:
     """Of the checkpoints that may serve, the best first."""
     output, resume = run.output, run.settings.resume
-    is_empty = not output.exists() or all(OWNER in path.name for path in output.iterdir())  # taken, then stopped
+    begun = set(output.glob(".*.partial")) | set(output.glob(f"*{OWNER}"))  # by one that was killed or stopped at once
+    is_empty = not output.exists() or set(output.iterdir()) <= begun
     if not is_empty and not (output / "identity.json").exists():
         raise ValueError(f"output: {output} holds files of something else; name another --output")
     if resume not in ("auto", "never"):

@@ -121,8 +121,8 @@ def _start_from_stage1(resolved: Resolved, deepspeed_file: str, output: Path, wo
 
 def _write_inputs(run: Prepared) -> None:
     run.output.mkdir(parents=True, exist_ok=True)
+    write_json(run.output / "identity.json", run.identity)  # first: a folder with other files and without it is refused
     write_text(run.output / "settings.yaml", settings_yaml(run.resolved))
-    write_json(run.output / "identity.json", run.identity)
     if run.train.dataset.bad_rows:
         run.world.say(f"skipped rows are listed in {write_bad_rows(run.train.dataset, run.output)}")
 
