@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mede2.trainer.data.collate import MicroBatch
-from mede2.trainer.engine import Engine, fill_deepspeed_config, make_optimizer, read_deepspeed_file
+from mede2.trainer.deepspeed_file import fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.engine import Engine, make_optimizer
 from mede2.trainer.losses import sum_by_sequence
 from mede2.trainer.planning.cases import CASES, Case
 from mede2.trainer.policy import PARTS, freeze, largest_parameter, load_policy, quiet_transformers
@@ -167,15 +168,13 @@ def measure(case: Case, folder: Path, world: World) -> dict:
         adapter=settings if settings.lora_rank else None,
     )  # fmt: skip
     trained = freeze(policy, {part: getattr(settings, f"train_{part}") for part in PARTS})
-    engine = Engine(policy, filled, world, dtype, make_optimizer(policy, settings))
-    deepspeed.comm.comm.configure(config=engine.deepspeed.config)
+    live, found = Live(), {}
+    with live:
+        engine = Engine(policy, filled, world, dtype, make_optimizer(policy, settings))
     logger = deepspeed.comm.comm.comms_logger
-    logger.enabled, logger.prof_all = True, True
     micro_batch = make_batch(case, config, settings.micro_batch_size, settings.shared_prefix).to(world.device, dtype)
     num_sequences = len(micro_batch.weights)
 
-    live, found = Live(), {}
-    zero = engine.deepspeed.optimizer
     for update in range(3):
         measured = update == 2
         if measured:
@@ -222,7 +221,7 @@ def measure(case: Case, folder: Path, world: World) -> dict:
     else:
         _, estimate = estimate_zero2_model_states_mem_needs(total, world.size, 1, False, 1.0)
     found |= {"sent": sent, "deepspeed_estimate": estimate, "trained": sum(trained.values())}
-    del zero, micro_batch
+    del micro_batch
     engine.close()
     return found
 

@@ -13,8 +13,9 @@ from mede2.trainer.checkpoint import load_checkpoint, save_checkpoint
 from mede2.trainer.data.batches import Batches, Feed
 from mede2.trainer.data.dataset import write_bad_rows
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
+from mede2.trainer.deepspeed_file import on_nvme
 from mede2.trainer.demo import defaults
-from mede2.trainer.engine import Engine, check_nvme, make_optimizer, on_nvme
+from mede2.trainer.engine import Engine, check_nvme, make_optimizer
 from mede2.trainer.export import compare, export, model_card, publish
 from mede2.trainer.files import hash_json, write_json, write_text
 from mede2.trainer.loop import evaluate, train

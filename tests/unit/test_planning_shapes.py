@@ -70,7 +70,7 @@ def test_a_folder_is_read_as_transformers_reads_it(model_folder):
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ValueError, match="model: NoSuchModel is neither .* Qwen2.5-VL-3B-Instruct"):
+    with pytest.raises(ValueError, match=r"model: NoSuchModel is neither .* Qwen2\.5-VL-3B-Instruct"):
         read_shape("NoSuchModel")
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "llava"}))

@@ -1,7 +1,7 @@
 """The small configurations on which the planner's memory is compared with what is measured.
 
-Those that are held out were chosen, with their sizes, before the model of memory was written, and are not looked at while
-it is worked on.
+Those that are held out were chosen, with their sizes, before the model of memory was written, and are not looked at
+while it is worked on.
 """
 
 from dataclasses import dataclass, field
