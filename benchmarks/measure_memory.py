@@ -147,6 +147,7 @@ def make_batch(case: Case, config, micro_batch_size: int, shared: bool) -> Micro
 def optimizer_tensors(zero) -> list[torch.Tensor]:
     """Masters and moments."""
     masters = [parameter for group in zero.optimizer.param_groups for parameter in group["params"]]
+    masters += getattr(zero, "fp32_partitioned_groups_flat", ())  # of ZeRO-3, whose groups are empty between updates
     states = [value for state in zero.optimizer.state.values() for value in state.values()]
     return masters + [value for value in states if isinstance(value, torch.Tensor)]
 
@@ -174,6 +175,8 @@ def measure(case: Case, folder: Path, world: World) -> dict:
     logger = deepspeed.comm.comm.comms_logger
     micro_batch = make_batch(case, config, settings.micro_batch_size, settings.shared_prefix).to(world.device, dtype)
     num_sequences = len(micro_batch.weights)
+    tensors = [value for value in vars(micro_batch).values() if isinstance(value, torch.Tensor)]
+    inputs = set(storages([*micro_batch.inputs.values(), *tensors]))
 
     for update in range(3):
         measured = update == 2
@@ -183,14 +186,13 @@ def measure(case: Case, folder: Path, world: World) -> dict:
             held = held_now(engine)
             found["weights"] = sum(held["weights"].values())
             found["optimizer"] = sum(held["optimizer"].values())
-            rest = {key: size for key, size in live.alive().items() if key not in known(held)}
-            found["resting"] = sum(rest.values())
         live.peak = live.bytes
         with live:
             for turn in range(batch.grad_accum_steps):
                 before = set(live.storages)
                 logps = engine(micro_batch)
                 if measured:
+                    gc.collect()  # what hangs together in circles, as the frames of checkpoints do
                     new = {key: size for key, size in live.alive().items() if key not in before}
                     gathered = storages(parameter for parameter in policy.parameters() if parameter.requires_grad)
                     gathered |= storages(parameter for parameter in policy.parameters())
@@ -201,11 +203,12 @@ def measure(case: Case, folder: Path, world: World) -> dict:
                 del logps, loss
                 if measured and turn == batch.grad_accum_steps - 1:
                     gc.collect()
-                    after = live.alive()
-                    found["after_backward"] = sum(s for key, s in after.items() if key not in known(held_now(engine)))
+                    aside = inputs | {key for part in held_now(engine).values() for key in part}
+                    found["gradients"] = sum(size for key, size in live.alive().items() if key not in aside)
             engine.update()
         if measured:
-            static = {k: s for part in held_now(engine).values() for k, s in part.items()}
+            static = {key: size for part in held_now(engine).values() for key, size in part.items()}
+            static |= storages([*micro_batch.inputs.values(), *tensors])
             tracked = set(live.storages)
             found["peak"] = live.peak + sum(size for key, size in static.items() if key not in tracked)
     sent = {}
@@ -232,10 +235,6 @@ def held_now(engine: Engine) -> dict[str, dict[int, int]]:
     weights = storages(parameters) | storages(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))
     optimizer = storages(optimizer_tensors(engine.deepspeed.optimizer))
     return {"weights": weights, "optimizer": {k: s for k, s in optimizer.items() if k not in weights}}
-
-
-def known(held: dict[str, dict[int, int]]) -> set[int]:
-    return {key for part in held.values() for key in part}
 
 
 def main(folder: Path) -> None:

@@ -1,0 +1,188 @@
+"""The planner's memory and communication beside what small runs measure: every case of `cases`, nothing fitted."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mede2.trainer.deepspeed_file import read_deepspeed_file
+from mede2.trainer.planning.cases import CASES, Case
+from mede2.trainer.planning.communication import collectives
+from mede2.trainer.planning.lengths import Lengths
+from mede2.trainer.planning.memory import plan_memory
+from mede2.trainer.planning.run import Run, Zero
+from mede2.trainer.planning.shapes import read_shape
+from mede2.trainer.settings import Settings
+from mede2.trainer.tables import Section
+
+CATEGORIES = ("weights", "optimizer", "gradients", "activations", "peak")
+PATIENCE_S = 240.0  # for one launch
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A case with what was predicted and measured, bytes by category of the rank that holds most."""
+
+    case: Case
+    predicted: dict[str, int]
+    measured: dict[str, int]
+    predicted_sent: dict[str, int]
+    measured_sent: dict[str, int]
+    deepspeed_estimate: int
+
+    def error(self, category: str) -> float:
+        """Predicted over measured, less 1."""
+        return _error(self.predicted[category], self.measured[category])
+
+    @property
+    def worst_memory_error(self) -> float:
+        return max(abs(self.error(category)) for category in CATEGORIES)
+
+    @property
+    def worst_sent_error(self) -> float:
+        operations = self.predicted_sent.keys() | self.measured_sent.keys()
+        return max(
+            abs(_error(self.predicted_sent.get(name, 0), self.measured_sent.get(name, 0))) for name in operations
+        )
+
+
+def _error(predicted: int, measured: int) -> float:
+    return predicted / measured - 1 if measured else float(predicted > 0)
+
+
+def predict(case: Case, model: str, ds_configs: Path) -> Run:
+    """The case as the planner sees it: from its config.json, its settings and its DeepSpeed file."""
+    shape = read_shape(model)
+    settings = Settings(**{"global_batch_size": case.ranks, **case.settings}, dtype=case.dtype)
+    config = read_deepspeed_file(ds_configs / f"{case.zero}.json")
+    lengths = Lengths(case.prompt, case.answers, case.num_patches, 1)
+    return Run(
+        shape, settings, case.stage, Zero.of(config, settings, shape.text.hidden), case.ranks, lengths, in_triton=False
+    )
+
+
+def check(cases: Sequence[Case], root: Path) -> list[Checked]:
+    """Run the cases in processes of their own, ranks of a launch at once, and compare.
+
+    Args:
+        cases: to run.
+        root: of the repository, with benchmarks/measure_memory.py and ds_configs/.
+
+    Raises:
+        ValueError: a launch fails; shows the end of its output.
+    """
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for ranks in sorted({case.ranks for case in cases}):
+            folder = Path(temporary) / str(ranks)
+            folder.mkdir()
+            together = [case for case in cases if case.ranks == ranks]
+            (folder / "job.json").write_text(json.dumps([case.name for case in together]), encoding="utf-8")
+            _launch(root / "benchmarks" / "measure_memory.py", folder, ranks)
+            found += [_compare(case, folder, root / "ds_configs") for case in together]
+    return found
+
+
+def _launch(script: Path, folder: Path, ranks: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    logs = [folder / f"rank {rank}.log" for rank in range(ranks)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("wb") as output:
+            processes.append(subprocess.Popen(
+                [sys.executable, str(script), str(folder)], env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=output, stderr=subprocess.STDOUT,
+            ))  # fmt: skip
+    deadline = time.monotonic() + PATIENCE_S
+    try:
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > deadline or any(process.poll() for process in processes):
+                break
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    for process, log in zip(processes, logs, strict=True):
+        if process.returncode:
+            end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise ValueError(f"check: a run on {ranks} ranks ended with {process.returncode}:\n{end}")
+
+
+def _compare(case: Case, folder: Path, ds_configs: Path) -> Checked:
+    run = predict(case, str(folder / f"model of {case.name}"), ds_configs)
+    memory = plan_memory(run)
+    predicted = memory.states | {"activations": memory.activations, "peak": memory.peak}
+    ranks = [
+        json.loads((folder / f"{case.name} rank {rank}.json").read_text(encoding="utf-8")) for rank in range(case.ranks)
+    ]
+    measured = {category: max(rank[category] for rank in ranks) for category in CATEGORIES}
+    sent = {collective.operation: collective.logged for collective in collectives(run)}
+    return Checked(case, predicted, measured, sent, ranks[0]["sent"], ranks[0]["deepspeed_estimate"])
+
+
+def sections(found: Sequence[Checked]) -> list[Section]:
+    """The comparison as tables."""
+    memory, sent = [], []
+    for each in found:
+        case = each.case
+        name = f"{case.name}{' (held out)' if case.held_out else ''}"
+        states = ("weights", "optimizer", "gradients")
+        memory.append((
+            name, f"{case.zero[1]}", str(case.ranks),
+            *(f"{_mib(each.predicted[c])} / {_mib(each.measured[c])} ({each.error(c):+.1%})" for c in CATEGORIES),
+            f"{_mib(sum(each.predicted[c] for c in states))} / {_mib(sum(each.measured[c] for c in states))} / "
+            f"{_mib(each.deepspeed_estimate)}",
+        ))  # fmt: skip
+        for operation, size in each.measured_sent.items():
+            predicted = each.predicted_sent.get(operation, 0)
+            sent.append((
+                name, f"{case.zero[1]}", str(case.ranks), operation,
+                f"{_mib(predicted)} / {_mib(size)} ({_error(predicted, size):+.2%})",
+            ))  # fmt: skip
+    return [
+        Section(
+            "Live tensors, MiB: predicted / measured", ("", "ZeRO", "ranks", *CATEGORIES, "states: ours / measured / "
+            "DeepSpeed's estimator"), memory, heads=3,
+            note="Of the rank that holds most. DeepSpeed's estimators count all parameters as trained in 16 bits with "
+            "16 or 18 bytes each, no activations.",
+        ),
+        Section(
+            "Sent in an update, MiB: predicted / counted by DeepSpeed's logger of communication",
+            ("", "ZeRO", "ranks", "operation", "bytes put in"), sent, heads=4,
+        ),
+    ]  # fmt: skip
+
+
+def summary(found: Sequence[Checked]) -> dict:
+    """What the check found, for a machine."""
+    held_out = [each for each in found if each.case.held_out]
+    return {
+        "worst_memory_error": round(max(each.worst_memory_error for each in found), 4),
+        "worst_held_out_memory_error": round(max(e.worst_memory_error for e in held_out), 4) if held_out else None,
+        "worst_communication_error": round(max(each.worst_sent_error for each in found), 4),
+        "cases": {
+            each.case.name: {category: round(each.error(category), 4) for category in CATEGORIES} for each in found
+        },
+    }
+
+
+def selected(quick: bool) -> list[Case]:
+    return [case for case in CASES if case.quick or not quick]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f}"
