@@ -7,7 +7,6 @@ then the weights' new shares are gathered. ZeRO-3 gathers in every forward and b
 
 from dataclasses import dataclass
 
-from mede2.trainer.planning.memory import gathered
 from mede2.trainer.planning.run import Run
 
 
@@ -29,11 +28,11 @@ class Collective:
 
 def collectives(run: Run) -> list[Collective]:
     """The collectives of an update."""
-    e, ranks, turns = run.item, run.ranks, run.batch.grad_accum_steps
+    e, ranks, turns = run.item, run.ranks, run.turns
     ring = (ranks - 1) / ranks
     if run.zero.stage == 3:
         small = [p.numel for p in run.parameters if p.numel <= run.zero.persistence_threshold]
-        sent = turns * gathered(run).sent + sum(small)  # small ones whole everywhere: once, after the update
+        sent = turns * run.gathered.sent + sum(small)  # small ones whole everywhere: once, after the update
         reduced = turns * e * run.num_trained
         found = [Collective("reduce_scatter_tensor", reduced, int(ring * reduced))]
         if ranks > 1:

@@ -22,11 +22,13 @@ class Gathered:
         at_head: values gathered while the head runs backward, when all activations are alive.
         in_layers: the most in the backward of any decoder layer.
         sent: values gathered over forward and backward, each time counted.
+        fetches: how many times something was gathered.
     """
 
     at_head: int
     in_layers: int
     sent: int
+    fetches: int
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ def play(
         for parameter in turn.module.parameters:
             uses.setdefault(parameter, []).append(number)
     available: set[Parameter] = set()
-    held = sent = at_head = in_layers = ahead = 0
+    held = sent = fetches = at_head = in_layers = ahead = 0
     fetched_for: dict[Parameter, int] = {}
     for number, turn in enumerate(turns):
+        sent_before = sent
         own = [p for p in turn.module.parameters if p.numel > persistence_threshold]
         for parameter in own:
             if parameter not in available:
@@ -76,6 +79,7 @@ def play(
                     available.add(parameter)
                     held, sent, room = held + parameter.numel, sent + parameter.numel, room - parameter.numel
             ahead += 1
+        fetches += sent > sent_before
         if turn.backward and turn.module.kind == "head":
             at_head = held
         elif turn.backward and turn.module.layer is not None:
@@ -86,7 +90,7 @@ def play(
             if not near and fetched_for.get(parameter, -1) <= number:
                 available.discard(parameter)
                 held -= parameter.numel
-    return Gathered(at_head, in_layers, sent)
+    return Gathered(at_head, in_layers, sent, fetches)
 
 
 def _turns(modules: Sequence[Module], differentiated: set[Module], recomputed: bool) -> Iterator[_Turn]:

@@ -8,9 +8,8 @@ with `grad_accum_dtype` fp32 (bf16: Adam's two moments and the masters of 4 byte
 - ZeRO-3 has that share as one flat buffer, which Adam gets as a copy; in fp32 the weights are their own masters.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from mede2.trainer.planning.gathering import Gathered, play
 from mede2.trainer.planning.run import Run
 from mede2.trainer.planning.saved import FP32, INDEX, activations, layer_bytes
 
@@ -40,7 +39,6 @@ class Memory:
     nvme: int
     states: dict[str, int]
     activations: int
-    gathered: Gathered = field(default_factory=lambda: Gathered(0, 0, 0))
 
     @property
     def peak(self) -> int:
@@ -95,25 +93,6 @@ def gradients(run: Run) -> int:
     return FP32 * shares(run)
 
 
-def gathered(run: Run, backward: bool = True) -> Gathered:
-    """What ZeRO-3 gathers in a micro-batch; nothing elsewhere, and nothing is copied on one rank."""
-    if run.zero.stage != 3 or run.ranks == 1:
-        return Gathered(0, 0, 0)
-    training = run.training
-    differentiated = [
-        module for module in run.modules
-        if (module.parameters[0].part in ("language_model", "embedding")
-            and (module.kind != "embedding" or training.trains_text))
-        or (module.parameters[0].part == "merger" and (training.trains_merger or training.trains_tower))
-        or (module.parameters[0].part == "vision_tower" and training.trains_tower)
-    ]  # fmt: skip
-    return play(
-        run.modules, differentiated, recomputed=run.settings.activation_checkpointing, backward=backward,
-        prefetch_bucket=run.zero.prefetch_bucket, persistence_threshold=run.zero.persistence_threshold,
-        max_live=run.zero.max_live, max_reuse=run.zero.max_reuse,
-    )  # fmt: skip
-
-
 def in_blocks(run: Run) -> bool:
     """Whether the log-probabilities keep exponentials or gradients by answer (fp32, plain torch)."""
     return run.item == FP32
@@ -158,7 +137,7 @@ def plan_memory(run: Run) -> Memory:
         offload=settings.activation_offload, in_blocks=in_blocks(run),
     )  # fmt: skip
     state, of_adam, share = weights(run), optimizer(run), shares(run)
-    found = gathered(run)
+    found = run.gathered
     grads, bucket = gradients(run), 0
     if zero.stage == 3 or (zero.stage == 2 and run.num_trained) or (zero.stage == 1 and run.item == FP32):
         bucket = run.item * zero.reduce_bucket
@@ -213,7 +192,7 @@ def plan_memory(run: Run) -> Memory:
         "CUDA, NCCL": CONTEXT_BYTES,
     }
     states = {"weights": state, "optimizer": adam, "gradients": grads + (0 if zero.stage == 2 else bucket)}
-    return Memory({k: v for k, v in items.items() if v}, totals, host, nvme, states, kept, found)
+    return Memory({k: v for k, v in items.items() if v}, totals, host, nvme, states, kept)
 
 
 def _gradients_at_head(run: Run, grads: int, share: int) -> tuple[int, int, int]:
@@ -221,7 +200,7 @@ def _gradients_at_head(run: Run, grads: int, share: int) -> tuple[int, int, int]
     often the largest, is reduced. In the first micro-batch of an update fewer are there than in later ones."""
     e, num_trained = run.item, run.num_trained
     head = run.shape.text.vocabulary * run.shape.text.hidden if run.training.trains_text else 0
-    if run.batch.grad_accum_steps > 1:
+    if run.turns > 1:
         before = grads
     elif run.zero.stage == 1:  # those of autograd come and go; BF16_Optimizer's stay
         before = 0 if e == FP32 else FP32 * num_trained

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from mede2.trainer.deepspeed_file import check_offload, fill_sizes, get_field
+from mede2.trainer.planning.gathering import Gathered, play
 from mede2.trainer.planning.lengths import Lengths, Row, rows_of
 from mede2.trainer.planning.saved import Training
 from mede2.trainer.planning.shapes import Module, Parameter, Shape
@@ -17,7 +18,8 @@ DEFAULT_PREFETCH, DEFAULT_THRESHOLD = int(5e7), int(1e5)
 
 @dataclass(frozen=True)
 class Zero:
-    """What the DeepSpeed file decides. `offload_optimizer`, `offload_param`: None, "cpu" or "nvme"; sizes in values."""
+    """What the DeepSpeed file decides. `offload_optimizer`, `offload_param`: None, "cpu" or "nvme"; sizes in values;
+    `overlap`: collectives run beside the computation."""
 
     stage: int
     offload_optimizer: str | None = None
@@ -27,6 +29,7 @@ class Zero:
     persistence_threshold: int = DEFAULT_THRESHOLD
     max_live: int = 10**9
     max_reuse: int = 10**9
+    overlap: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any], settings: Settings, hidden: int) -> "Zero":
@@ -45,6 +48,7 @@ class Zero:
             size("reduce_bucket_size", DEFAULT_BUCKET), size("stage3_prefetch_bucket_size", DEFAULT_PREFETCH),
             size("stage3_param_persistence_threshold", DEFAULT_THRESHOLD),
             size("stage3_max_live_parameters", 10**9), size("stage3_max_reuse_distance", 10**9),
+            bool(get_field(filled, "zero_optimization.overlap_comm")),
         )  # fmt: skip
 
 
@@ -84,6 +88,13 @@ class Run:
     @cached_property
     def batch(self) -> BatchArithmetic:
         return BatchArithmetic(self.settings.global_batch_size, self.settings.micro_batch_size, self.ranks)
+
+    @property
+    def turns(self) -> int:
+        """Micro-batches of a rank in an update; of packed rows, as many as examples of these lengths need."""
+        if self.settings.pack_length:
+            return -(-self.settings.global_batch_size // (self.ranks * self.examples))
+        return self.batch.grad_accum_steps
 
     @property
     def shared_prefix(self) -> bool:
@@ -166,6 +177,34 @@ class Run:
     @cached_property
     def num_parameters(self) -> int:
         return sum(parameter.numel for parameter in self.parameters)
+
+    @cached_property
+    def gathered(self) -> Gathered:
+        """What ZeRO-3 gathers in a micro-batch; nothing elsewhere, and nothing is copied on one rank."""
+        return self._gathered(backward=True)
+
+    @cached_property
+    def gathered_in_forward(self) -> Gathered:
+        """The same for a forward alone, as of the reference."""
+        return self._gathered(backward=False)
+
+    def _gathered(self, backward: bool) -> Gathered:
+        if self.zero.stage != 3 or self.ranks == 1:
+            return Gathered(0, 0, 0, 0)
+        training, differentiated = self.training, []
+        for module in self.modules:
+            part = module.parameters[0].part
+            if (
+                (part in ("language_model", "embedding") and (module.kind != "embedding" or training.trains_text))
+                or (part == "merger" and (training.trains_merger or training.trains_tower))
+                or (part == "vision_tower" and training.trains_tower)
+            ):
+                differentiated.append(module)
+        return play(
+            self.modules, differentiated, recomputed=self.settings.activation_checkpointing, backward=backward,
+            prefetch_bucket=self.zero.prefetch_bucket, persistence_threshold=self.zero.persistence_threshold,
+            max_live=self.zero.max_live, max_reuse=self.zero.max_reuse,
+        )  # fmt: skip
 
     @cached_property
     def num_quantized(self) -> int:
