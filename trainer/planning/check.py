@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 from mede2.trainer.deepspeed_file import read_deepspeed_file
@@ -23,6 +26,7 @@ from mede2.trainer.tables import Section
 
 CATEGORIES = ("weights", "optimizer", "gradients", "activations", "peak")
 PATIENCE_S = 240.0  # for one launch
+FEW_BYTES = 1024  # of norms and flags, which nobody plans
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Checked:
 
     @property
     def worst_sent_error(self) -> float:
+        """Of any collective; a few bytes for norms and flags are left out."""
         operations = self.predicted_sent.keys() | self.measured_sent.keys()
         return max(
             abs(_error(self.predicted_sent.get(name, 0), self.measured_sent.get(name, 0))) for name in operations
@@ -131,7 +136,8 @@ def _compare(case: Case, folder: Path, ds_configs: Path) -> Checked:
     ]
     measured = {category: max(rank[category] for rank in ranks) for category in CATEGORIES}
     sent = {collective.operation: collective.logged for collective in collectives(run)}
-    return Checked(case, predicted, measured, sent, ranks[0]["sent"], ranks[0]["deepspeed_estimate"])
+    counted = {name: size for name, size in ranks[0]["sent"].items() if size > FEW_BYTES}
+    return Checked(case, predicted, measured, sent, counted, ranks[0]["deepspeed_estimate"])
 
 
 def sections(found: Sequence[Checked]) -> list[Section]:
@@ -186,3 +192,23 @@ def selected(quick: bool) -> list[Case]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.2f}"
+
+
+def as_markdown(tables: Sequence[Section], root: Path) -> str:
+    """The tables as a file to keep: command, commit, machine and date above them."""
+    git = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    model = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+         if line.startswith("model name")), platform.machine(),
+    )  # fmt: skip
+    lines = [
+        "# The planner beside what small runs measure", "",
+        f"`python launch/plan.py check --output ...`, commit {commit}, {model}, {os.cpu_count()} CPUs, gloo, "
+        f"torch {version('torch')}, deepspeed {version('deepspeed')}, {date.today().isoformat()}.",
+    ]  # fmt: skip
+    for table in tables:
+        lines += ["", f"## {table.title}", "", f"| {' | '.join(table.columns)} |", "| --- " * len(table.columns) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in table.rows]
+        lines += ["", table.note] if table.note else []
+    return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ freed, unless they come again within the next `max_reuse_distance` values of the
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mede2.trainer.planning.shapes import Module, Parameter
 
@@ -37,8 +38,9 @@ class _Turn:
     backward: bool
 
 
+@lru_cache(maxsize=512)  # a search asks the same of many plans
 def play(
-    modules: Sequence[Module], differentiated: Sequence[Module], *, recomputed: bool, backward: bool,
+    modules: tuple[Module, ...], differentiated: tuple[Module, ...], *, recomputed: bool, backward: bool,
     prefetch_bucket: int, persistence_threshold: int, max_live: int = MAX_LIVE, max_reuse: int = MAX_REUSE_DISTANCE,
 ) -> Gathered:  # fmt: skip
     """Play a micro-batch through.

@@ -14,6 +14,7 @@ from mede2.trainer.planning.run import Run
 from mede2.trainer.planning.saved import FP32, INDEX, activations, layer_bytes
 
 CHUNK_BYTES, MIN_CHUNK = 32 * 2**20, 512  # as in kernels/logps_torch.py
+TRITON_CHUNK_BYTES, TRITON_MIN_CHUNK = 128 * 2**20, 1024  # as in kernels/logps_triton.py
 BLOCK_8BIT = 256  # values that share a scale in bitsandbytes' 8-bit Adam, with two tables of 256 fp32 entries
 NF4_BLOCK, NF4_NESTED = 64, 256  # values of a scale of 8 bits; scales of one in fp32 (QLoRA, arXiv 2305.14314)
 CONTEXT_BYTES = int(1.5 * 2**30)  # assumed: CUDA context, NCCL's buffers, cuBLAS' workspace
@@ -107,6 +108,9 @@ def head_working(run: Run) -> int:
     if in_blocks(run):
         chunk = min(text.vocabulary, max(MIN_CHUNK, 8 * 2**20 // (num_rows * FP32)))
         return whole + num_rows * (chunk + 2 * text.hidden) * FP32
+    if run.in_triton:  # the logits' gradient by chunk, and the products' sums in fp32
+        chunk = max(1, TRITON_CHUNK_BYTES // (num_rows * e) // TRITON_MIN_CHUNK) * TRITON_MIN_CHUNK
+        return whole + num_rows * (min(chunk, text.vocabulary) * e + 2 * FP32 * text.hidden)
     chunk = CHUNK_BYTES // (num_rows * logit_bytes + 2 * text.hidden * FP32)
     chunk = min(text.vocabulary, max(MIN_CHUNK, chunk))
     return whole + num_rows * chunk * logit_bytes + chunk * text.hidden * e * trains + 2 * num_rows * text.hidden * FP32

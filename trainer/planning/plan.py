@@ -71,11 +71,12 @@ class Stage:
         """The run with average examples."""
         answers = (self.data.answer_tokens,) * (2 if self.stage == ENHANCE else 1)
         lengths = Lengths(round(self.sizes.prompt), answers, round(self.sizes.patches), self.num_images)
-        return Run(self.shape, self.settings, self.stage, self.zero, self.cluster.ranks, lengths)
+        in_triton = self.settings.dtype != "fp32" and self.settings.logps in ("auto", "triton")
+        return Run(self.shape, self.settings, self.stage, self.zero, self.cluster.ranks, lengths, in_triton)
 
     @cached_property
     def longest(self) -> Run:
-        """The run with examples of which prompt and one answer have `max_length` tokens, in the average's proportion."""
+        """The run with examples whose prompt and answer have `max_length` tokens, in the average's proportion."""
         lengths, limit = self.average.lengths, self.settings.max_length
         if lengths.prompt + lengths.answers[0] > limit:
             raise ValueError(

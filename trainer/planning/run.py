@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from mede2.trainer.deepspeed_file import check_offload, fill_sizes, get_field
@@ -135,22 +135,10 @@ class Run:
     @cached_property
     def modules(self) -> tuple[Module, ...]:
         """The model's, and behind each linear layer that carries an adapter its two."""
-        rank = self.settings.lora_rank
-        if not rank:
+        settings = self.settings
+        if not settings.lora_rank:
             return self.shape.modules
-        wanted, found = self.settings.lora_target_modules, []
-        for module in self.shape.modules:
-            found.append(module)
-            last = module.name.rpartition(".")[2]
-            if _is_adapted(module) and ("all-linear" in wanted or last in wanted or module.name in wanted):
-                outputs, inputs = module.parameters[0].shape
-                for name, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
-                    parameter = Parameter(f"{module.name}.{name}.weight", shape, "language_model")
-                    found.append(Module(f"{module.name}.{name}", "adapter", (parameter,), module.layer))
-                if self.settings.use_dora:
-                    magnitude = Parameter(f"{module.name}.lora_magnitude_vector.weight", (outputs,), "language_model")
-                    found.append(Module(f"{module.name}.lora_magnitude", "adapter", (magnitude,), module.layer))
-        return tuple(found)
+        return _with_adapter(self.shape, settings.lora_rank, settings.lora_target_modules, settings.use_dora)
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -201,7 +189,7 @@ class Run:
             ):
                 differentiated.append(module)
         return play(
-            self.modules, differentiated, recomputed=self.settings.activation_checkpointing, backward=backward,
+            self.modules, tuple(differentiated), recomputed=self.settings.activation_checkpointing, backward=backward,
             prefetch_bucket=self.zero.prefetch_bucket, persistence_threshold=self.zero.persistence_threshold,
             max_live=self.zero.max_live, max_reuse=self.zero.max_reuse,
         )  # fmt: skip
@@ -212,6 +200,23 @@ class Run:
         if not self.settings.quantize:
             return 0
         return sum(module.parameters[0].numel for module in self.shape.modules if _is_adapted(module))
+
+
+@lru_cache(maxsize=16)
+def _with_adapter(shape: Shape, rank: int, wanted: tuple[str, ...], use_dora: bool) -> tuple[Module, ...]:
+    found = []
+    for module in shape.modules:
+        found.append(module)
+        last = module.name.rpartition(".")[2]
+        if _is_adapted(module) and ("all-linear" in wanted or last in wanted or module.name in wanted):
+            outputs, inputs = module.parameters[0].shape
+            added = {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
+            if use_dora:
+                added["lora_magnitude_vector"] = (outputs,)
+            for name, size in added.items():
+                parameter = Parameter(f"{module.name}.{name}.weight", size, "language_model")
+                found.append(Module(f"{module.name}.{name}", "adapter", (parameter,), module.layer))
+    return tuple(found)
 
 
 def _is_adapted(module: Module) -> bool:

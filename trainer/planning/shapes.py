@@ -40,9 +40,9 @@ DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 TIED = {"qwen2_5_vl": False, "qwen3_vl": False, "internvl": True}  # where tie_word_embeddings is not said
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parameter:
-    """One parameter: its name in transformers, its shape, and its part (PARTS)."""
+    """One parameter, itself and no other: its name in transformers, its shape, and its part (PARTS)."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class Parameter:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Module:
     """A module that holds parameters of its own; what ZeRO-3 gathers together.
 
@@ -117,7 +117,7 @@ class Vision:
     extra_tokens: int  # class tokens of an image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """A model as its config.json describes it.
 
