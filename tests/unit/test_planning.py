@@ -105,14 +105,19 @@ def test_gathering_by_hand():
     right back."""
     modules = chain(10, 10, 10)
     options = dict(recomputed=False, backward=True, prefetch_bucket=0, persistence_threshold=0)
-    far = play(modules, modules, max_reuse=1, **options)
+    far = play(modules, modules, frozenset(), max_reuse=1, **options)
     assert (far.in_layers, far.sent) == (10, 50)
-    near = play(modules, modules, max_reuse=1000, **options)
+    near = play(modules, modules, frozenset(), max_reuse=1000, **options)
     assert (near.in_layers, near.sent) == (30, 30)  # nothing is freed before its last use
-    ahead = play(modules, modules, max_reuse=1, **(options | {"prefetch_bucket": 10}))
+    ahead = play(modules, modules, frozenset(), max_reuse=1, **(options | {"prefetch_bucket": 10}))
     assert ahead.in_layers == 30  # while the last runs backward, the other two are fetched already
-    assert play(modules, modules, max_reuse=1, **(options | {"persistence_threshold": 10})).sent == 0
-    assert play(modules, modules, max_reuse=1, **(options | {"backward": False})).sent == 30
+    assert play(modules, modules, frozenset(), max_reuse=1, **(options | {"persistence_threshold": 10})).sent == 0
+    assert play(modules, modules, frozenset(), max_reuse=1, **(options | {"backward": False})).sent == 30
+    frozen = frozenset(parameter for module in modules for parameter in module.parameters)
+    kept = play(modules, modules, frozenset(), max_reuse=1000, **(options | {"recomputed": True}))
+    assert kept.sent == 30
+    pair = tuple(dataclasses.replace(module, layer=0) for module in modules[:2])  # both of one layer, recomputed
+    assert play(pair, pair, frozen, max_reuse=1000, **(options | {"recomputed": True})).sent == 20 + 10
 
 
 def test_what_is_sent():

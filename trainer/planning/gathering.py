@@ -3,7 +3,11 @@ played through.
 
 As `deepspeed/runtime/zero/partitioned_param_coordinator.py` does once it knows the order of modules: a module's
 parameters are gathered before it runs, together with the next ones of the order up to a bucket; after it they are
-freed, unless they come again within the next `max_reuse_distance` values of the order, or were fetched ahead for later.
+freed, unless they come again within the next `max_reuse_distance` values of the order, or were fetched ahead for
+later. What is frozen and was gathered to recompute a layer is freed once the first of its modules has run backward, and
+gathered again for the others. What
+is frozen and was gathered to recompute a layer is freed once the first of its modules has run backward, and gathered
+again for the others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,18 +40,21 @@ class Gathered:
 class _Turn:
     module: Module
     backward: bool
+    recomputes: bool = False
 
 
 @lru_cache(maxsize=512)  # a search asks the same of many plans
 def play(
-    modules: tuple[Module, ...], differentiated: tuple[Module, ...], *, recomputed: bool, backward: bool,
-    prefetch_bucket: int, persistence_threshold: int, max_live: int = MAX_LIVE, max_reuse: int = MAX_REUSE_DISTANCE,
+    modules: tuple[Module, ...], differentiated: tuple[Module, ...], frozen: frozenset[Parameter], *,
+    recomputed: bool, backward: bool, prefetch_bucket: int, persistence_threshold: int,
+    max_live: int = MAX_LIVE, max_reuse: int = MAX_REUSE_DISTANCE,
 ) -> Gathered:  # fmt: skip
     """Play a micro-batch through.
 
     Args:
         modules: in the order of a forward.
         differentiated: those that a backward comes to.
+        frozen: parameters that do not train.
         recomputed: layers run forward again in backward.
         backward: False for a forward alone, as the reference pass.
         prefetch_bucket, persistence_threshold, max_live, max_reuse: of the DeepSpeed file, values.
@@ -64,6 +71,7 @@ def play(
     available: set[Parameter] = set()
     held = sent = fetches = at_head = in_layers = ahead = 0
     fetched_for: dict[Parameter, int] = {}
+    of_recomputation: set[Parameter] = set()
     for number, turn in enumerate(turns):
         sent_before = sent
         own = [p for p in turn.module.parameters if p.numel > persistence_threshold]
@@ -92,6 +100,12 @@ def play(
             if not near and fetched_for.get(parameter, -1) <= number:
                 available.discard(parameter)
                 held -= parameter.numel
+        if turn.recomputes:
+            of_recomputation |= frozen.intersection(own)
+        elif turn.backward and of_recomputation:
+            held -= sum(parameter.numel for parameter in of_recomputation & available)
+            available -= of_recomputation
+            of_recomputation = set()
     return Gathered(at_head, in_layers, sent, fetches)
 
 
@@ -114,5 +128,5 @@ def _layer_backward(layer: list[Module], differentiated: set[Module], recomputed
     """`layer`: its modules, last first."""
     wanted = [module for module in layer if module in differentiated]
     if wanted and recomputed:
-        yield from (_Turn(module, False) for module in reversed(layer))
+        yield from (_Turn(module, False, recomputes=True) for module in reversed(layer))
     yield from (_Turn(module, True) for module in wanted)

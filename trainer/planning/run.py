@@ -189,7 +189,8 @@ class Run:
             ):
                 differentiated.append(module)
         return play(
-            self.modules, tuple(differentiated), recomputed=self.settings.activation_checkpointing, backward=backward,
+            self.modules, tuple(differentiated), frozenset(self.parameters) - frozenset(self.trained),
+            recomputed=self.settings.activation_checkpointing, backward=backward,
             prefetch_bucket=self.zero.prefetch_bucket, persistence_threshold=self.zero.persistence_threshold,
             max_live=self.zero.max_live, max_reuse=self.zero.max_reuse,
         )  # fmt: skip
