@@ -43,6 +43,7 @@ def plan_command(root: Path) -> click.Group:
         "weights, no network. What is not given stands in the recipe's line `# plan:`, or is the default.",
     )  # fmt: skip
     group.add_command(_check_command(root))
+    group.add_command(_header_command(root))
     return group
 
 
@@ -156,6 +157,37 @@ def read_header(recipe: str) -> dict[str, Any]:
     if len(words) % 2:
         raise ValueError(f"recipe: {recipe}: {OF_HEADER} {words[-1]} has no value")
     return found
+
+
+def with_header(root: Path, recipe: Path) -> str:
+    """A recipe's text with what the planner says now in place of what its header says.
+
+    The header is its first lines that begin with `#`: words, the line `# plan:`, then figures and how to submit it.
+    """
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    last = max((number for number, line in enumerate(lines) if line.startswith(OF_HEADER)), default=None)
+    if last is None:
+        raise ValueError(f"recipe: {recipe} has no line {OF_HEADER}")
+    rest = next((n for n in range(last + 1, len(lines)) if not lines[n].startswith("#")), len(lines))
+    stage = read_stage(root, str(recipe), None, (), {})
+    figures = [f"# {line}" for line in report.header(make_plan(stage))]
+    submit = report.submit_line(stage, recipe.resolve().relative_to(root) if recipe.resolve().is_relative_to(root)
+                                else recipe)  # fmt: skip
+    return "\n".join([*lines[: last + 1], *figures, f"# Submit: {submit}", *lines[rest:]]) + "\n"
+
+
+def _header_command(root: Path) -> click.Command:
+    def callback(recipes):
+        for recipe in map(Path, recipes):
+            try:
+                recipe.write_text(with_header(root, recipe), encoding="utf-8")
+            except (ValueError, OSError) as error:
+                fail(str(error))
+
+    return click.Command(
+        "header", callback=callback, help="Write the planner's figures anew into the headers of recipes.",
+        params=[click.Argument(["recipes"], nargs=-1, required=True, metavar="FILE.yaml...")],
+    )  # fmt: skip
 
 
 def _check_command(root: Path) -> click.Command:

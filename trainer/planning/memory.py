@@ -121,6 +121,8 @@ def layer_working(run: Run) -> int:
     the largest weight's own, with the copy that is sent."""
     text, e, tokens = run.shape.text, run.item, run.num_tokens
     inner = tokens * (3 * e * text.intermediate + 2 * e * text.hidden)
+    if run.num_quantized:
+        inner += e * text.intermediate * text.hidden  # a weight, out of its 4 bits
     if not run.training.trains_text:
         return inner
     weight = text.intermediate * text.hidden

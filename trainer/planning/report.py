@@ -8,7 +8,7 @@ from typing import Any
 from mede2.trainer.planning import timing
 from mede2.trainer.planning.memory import CONTEXT_BYTES, SLACK
 from mede2.trainer.planning.plan import Change, Plan, Stage, make_plan
-from mede2.trainer.settings import STAGE_NAMES
+from mede2.trainer.settings import ENHANCE, STAGE_NAMES
 from mede2.trainer.tables import Section
 
 ASSUMED = (
@@ -119,6 +119,17 @@ def header(plan: Plan) -> list[str]:
     if plan.memory.host:
         lines.append(f"Host memory: {_gib(plan.memory.host_total * cluster.gpus_per_node)} of a node.")
     return lines
+
+
+def submit_line(stage: Stage, recipe: Path) -> str:
+    """How to submit a recipe to SLURM, with the records to be named."""
+    cluster, file = stage.cluster, stage.deepspeed_file
+    records = "--train pairs.jsonl --eval held_out.jsonl" if stage.stage == ENHANCE else "--train demos.jsonl"
+    output = f"runs/{recipe.stem.removesuffix(f'_stage{stage.stage}')}/stage{stage.stage}"
+    return (
+        f"python launch/submit.py stage{stage.stage} --nodes {cluster.nodes} --gpus-per-node {cluster.gpus_per_node} "
+        f"--ds ds_configs/{file.name} --recipe {recipe} --output {output} {records}"
+    )
 
 
 def scaling(stage: Stage) -> list[tuple[int, Plan]]:

@@ -180,7 +180,11 @@ class Run:
         if self.zero.stage != 3 or self.ranks == 1:
             return Gathered(0, 0, 0, 0)
         training, differentiated = self.training, []
-        for module in self.modules:
+        modules = tuple(
+            module for module in self.modules
+            if self.lengths.num_images or module.parameters[0].part not in ("vision_tower", "merger")
+        )  # fmt: skip
+        for module in modules:
             part = module.parameters[0].part
             if (
                 (part in ("language_model", "embedding") and (module.kind != "embedding" or training.trains_text))
@@ -189,7 +193,7 @@ class Run:
             ):
                 differentiated.append(module)
         return play(
-            self.modules, tuple(differentiated), frozenset(self.parameters) - frozenset(self.trained),
+            modules, tuple(differentiated), frozenset(self.parameters) - frozenset(self.trained),
             recomputed=self.settings.activation_checkpointing, backward=backward,
             prefetch_bucket=self.zero.prefetch_bucket, persistence_threshold=self.zero.persistence_threshold,
             max_live=self.zero.max_live, max_reuse=self.zero.max_reuse,
