@@ -26,7 +26,7 @@ from mede2.trainer.tables import Section
 
 CATEGORIES = ("weights", "optimizer", "gradients", "activations", "peak")
 STATES = CATEGORIES[:3]
-PATIENCE_S = 280.0  # for one launch
+PATIENCE_S = 120.0  # for a launch, and as much again for each case
 FEW_BYTES = 1024  # of norms and flags, which nobody plans
 
 
@@ -90,12 +90,12 @@ def check(cases: Sequence[Case], root: Path) -> list[Checked]:
             folder.mkdir()
             together = [case for case in cases if case.ranks == ranks]
             (folder / "job.json").write_text(json.dumps([case.name for case in together]), encoding="utf-8")
-            _launch(root / "benchmarks" / "measure_memory.py", folder, ranks)
+            _launch(root / "benchmarks" / "measure_memory.py", folder, ranks, PATIENCE_S * (1 + len(together)))
             found += [_compare(case, folder, root / "ds_configs") for case in together]
     return found
 
 
-def _launch(script: Path, folder: Path, ranks: int) -> None:
+def _launch(script: Path, folder: Path, ranks: int, patience_s: float) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,7 +111,7 @@ def _launch(script: Path, folder: Path, ranks: int) -> None:
                 [sys.executable, str(script), str(folder)], env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=output, stderr=subprocess.STDOUT,
             ))  # fmt: skip
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     try:
         while any(process.poll() is None for process in processes):
             if time.monotonic() > deadline or any(process.poll() for process in processes):

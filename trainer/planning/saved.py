@@ -30,7 +30,6 @@ class Training:
         lora_rank, lora_dropout: of an adapter on it.
         trains_tower, trains_merger: as they say.
         masked_by_branches: answers beyond the first are masked (`attention.branched_attention`): sdpa.
-        fused_norm: False; transformers' own RMSNorm.
     """
 
     item: int
