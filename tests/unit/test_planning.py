@@ -91,6 +91,7 @@ def test_activations_of_checkpointed_layers_are_their_inputs():
 def test_rows_of_a_pair():
     assert rows_of(PAIR, shared_prefix=True) == (Row(300, (100, 80)),)
     assert rows_of(PAIR, shared_prefix=False) == (Row(300, (100,)), Row(300, (80,), padding=20))
+    assert rows_of(PAIR, True, corrupted=True) == (Row(300, (100, 80)), Row(300, (100,), padding=80))
     assert patches_of_image(SHAPE, 448 * 448) == (1024, 256)
     assert patches_of_image(read_shape("InternVL3-8B-hf"), 10**6) == (1024, 256)
 
@@ -152,6 +153,25 @@ def test_a_plan_that_fits_and_its_hours():
     assert plan.hours["training"] == pytest.approx(plan.updates * plan.timing.step_s / 3600)
     assert plan.gpu_hours == pytest.approx(8 * sum(plan.hours.values()))
     assert 0 < plan.timing.mfu < 0.6
+
+
+def test_the_items_are_the_peak_with_slack_and_context():
+    for file, more in (("z1.json", {}), ("z2.json", {"activation_checkpointing": True}), ("z3.json", {"lora_rank": 8})):
+        found = make_plan(stage("Qwen2.5-VL-3B-Instruct", "h100:8", file, **more)).memory
+        assert found.total - found.items["allocator slack"] - memory.CONTEXT_BYTES == found.peak
+
+
+def test_a_corrupted_image_costs_a_third_answer():
+    plain = make_plan(stage("Qwen2.5-VL-3B-Instruct", "h100:8", "z3.json"))
+    objective = {"sigmoid": 1.0, "image_conditional": 1.0}
+    more = make_plan(stage("Qwen2.5-VL-3B-Instruct", "h100:8", "z3.json", objective=objective, corruption="crop"))
+    assert more.timing.products_s > 1.5 * plain.timing.products_s
+    assert more.memory.activations > 1.5 * plain.memory.activations
+
+
+def test_attention_that_is_not_planned_for_is_refused():
+    with pytest.raises(ValueError, match="attention: eager keeps the scores"):
+        make_plan(stage("Qwen2.5-VL-3B-Instruct", "h100:8", "z3.json", attention="eager"))
 
 
 def test_the_cheapest_change_fits_and_says_how():

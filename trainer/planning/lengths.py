@@ -36,12 +36,14 @@ class Row:
         return self.prompt + sum(self.answers) + self.padding
 
 
-def rows_of(lengths: Lengths, shared_prefix: bool) -> tuple[Row, ...]:
-    """The rows of one example: one where its answers share a prompt, else one for each, padded to the longest."""
-    if shared_prefix or len(lengths.answers) == 1:
-        return (Row(lengths.prompt, lengths.answers),)
-    longest = max(lengths.answers)
-    return tuple(Row(lengths.prompt, (answer,), longest - answer) for answer in lengths.answers)
+def rows_of(lengths: Lengths, shared_prefix: bool, corrupted: bool = False) -> tuple[Row, ...]:
+    """The rows of one example, padded to the longest: one where its answers share a prompt, else one for each; where it
+    is `corrupted`, one more for the chosen answer under a corrupted image."""
+    shared = shared_prefix or len(lengths.answers) == 1
+    layouts = [lengths.answers] if shared else [(answer,) for answer in lengths.answers]
+    layouts += [lengths.answers[:1]] * corrupted
+    longest = max(map(sum, layouts))
+    return tuple(Row(lengths.prompt, answers, longest - sum(answers)) for answers in layouts)
 
 
 def patches_of_image(shape: Shape, pixels: int) -> tuple[int, int]:

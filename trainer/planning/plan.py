@@ -145,6 +145,8 @@ class Plan:
 def make_plan(stage: Stage) -> Plan:
     """Plan a stage. Raises ValueError where settings, DeepSpeed file and cluster do not go together."""
     _ = stage.average.batch  # the global batch divides
+    if stage.settings.attention == "eager":
+        raise ValueError("attention: eager keeps the scores of all pairs of tokens, which is not planned for; use sdpa")
     return Plan(stage, plan_memory(stage.longest), plan_time(stage.average, stage.cluster, stage.sizes))
 
 

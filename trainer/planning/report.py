@@ -168,7 +168,10 @@ def plot(stages: Sequence[Stage], path: Path) -> None:
             axes.plot(number, plan.timing.tokens_per_s, "o", color=line.get_color(), markerfacecolor=face)
         axes.plot(gpus, [rates[0] * number / gpus[0] for number in gpus], ":", color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens a second, planned")
-    axes.set_title(f"{stages[0].shape.name} on {stages[0].cluster.name}: examples of a GPU as now (hollow: too large)")
+    axes.set_title(
+        f"{stages[0].shape.name} on {stages[0].cluster.name}, as many examples a GPU for each number\n"
+        "(dotted: in proportion; hollow: does not fit)", fontsize=10,
+    )  # fmt: skip
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()

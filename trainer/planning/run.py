@@ -100,10 +100,16 @@ class Run:
     def shared_prefix(self) -> bool:
         return self.stage == ENHANCE and self.settings.shared_prefix
 
+    @property
+    def corrupted(self) -> bool:
+        """Every pair has its chosen answer once more, under a corrupted image."""
+        trains_on_it = "image_conditional" in self.settings.objective
+        return self.stage == ENHANCE and trains_on_it and self.lengths.num_images > 0
+
     @cached_property
     def examples(self) -> int:
         """Of a micro-batch: micro_batch_size, or as many of the longest as a packed row takes."""
-        rows = rows_of(self.lengths, self.shared_prefix)
+        rows = rows_of(self.lengths, self.shared_prefix, self.corrupted)
         if self.settings.pack_length:
             return max(1, self.settings.pack_length // sum(row.tokens for row in rows))
         return self.settings.micro_batch_size
@@ -111,7 +117,7 @@ class Run:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """Of a micro-batch of the longest examples."""
-        return rows_of(self.lengths, self.shared_prefix) * self.examples
+        return rows_of(self.lengths, self.shared_prefix, self.corrupted) * self.examples
 
     @cached_property
     def num_patches(self) -> int:

@@ -77,6 +77,10 @@ def plan_time(run: Run, cluster: Cluster, sizes: Sizes) -> Timing:
     answers, prompts = len(run.lengths.answers), 1 if run.shared_prefix else len(run.lengths.answers)
     head_rows = answers * sizes.answer
     once = forward_work(run.shape, sizes, prompts=prompts, head_rows=head_rows, answers=answers)
+    if run.corrupted:
+        again = forward_work(run.shape, sizes, prompts=1, head_rows=sizes.answer, answers=1)
+        once = Work(once.vision + again.vision, once.language + again.language, once.head + again.head)
+        prompts, answers = prompts + 1, answers + 1
     needed, spent = _training_work(run, once)
     examples, ranks = run.settings.global_batch_size, run.ranks
     matrix = cluster.matrix_tflops * 1e12 * MATRIX_SHARE * (1 if run.item == 2 else 0.5)
