@@ -172,6 +172,8 @@ def sections(found: Sequence[Checked]) -> list[Section]:
         Section(
             "Put into collectives in an update, MiB; measured: DeepSpeed's logger of communication",
             ("", "", "", "predicted", "measured", "error"), sent, heads=3,
+            note="The held-out LoRA case first came out 38 % low: DeepSpeed gathers frozen layers that are recomputed "
+            "once more. That rule was added then, so here this case is held out no longer.",
         ),
     ]  # fmt: skip
 
