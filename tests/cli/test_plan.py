@@ -121,9 +121,10 @@ def test_a_header_with_an_unknown_word_is_refused(tmp_path):
 
 
 def test_what_is_planned_is_what_runs_measure():
-    """Part of `plan.py check --quick`: a run by ZeRO-3 on two ranks."""
+    """Part of `plan.py check --quick`: a run by ZeRO-3 on two ranks. A tenth would let a tensor of each layer go
+    missing; nothing is fitted, so a hundredth is enough."""
     found = check.check([case for case in CASES if case.quick and case.zero == "z3"], ROOT)
     summary = check.summary(found)
-    assert summary["worst_memory_error"] < 0.1, summary
+    assert summary["worst_memory_error"] < 0.01, summary
     assert summary["worst_communication_error"] < 0.01, summary
     assert all(each.measured[category] > 0 for each in found for category in check.CATEGORIES)
