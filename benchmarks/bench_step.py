@@ -7,13 +7,13 @@ workers too) while others run; times are medians over the turns. On CUDA, where 
 has all its turns at once. An update is timed whole: data, forward, backward, optimizer, logging. Losses and
 log-probabilities of the first updates must be those of TRL, or there are no figures: the same work.
 
-Our reference log-probabilities are computed once: a pair is charged their cost over EPOCHS epochs, or, in the column
-"1 epoch", all of it; TRL computes them in every step. Tokens are those of both sequences of a pair, prompt twice,
-however often they are computed. Memory is the peak above the state after imports, model and optimizer included: of the
-allocator on CUDA, of the training process's resident set on the CPU (data workers do not count).
+Our image features and reference log-probabilities are computed once: a pair is charged their cost over EPOCHS epochs,
+or, in the column "1 epoch", all of it; TRL computes them in every step. Tokens are those of both sequences of a pair,
+prompt twice, however often they are computed. Memory is the peak above the state after imports, model and optimizer
+included: of the allocator on CUDA, of the training process's resident set on the CPU (data workers do not count).
 
 Operations are counted from the configuration (trainer/planning/work.py). "Spent" is what a contender's algorithm
-takes; MFU is of the least that a pair needs (prompt and image once, answer rows only, reference over EPOCHS epochs), by
+takes; MFU is of the least that a pair needs (prompt once, answer rows only, image and reference over EPOCHS epochs), by
 part, over the rate of a matrix product measured here.
 """
 
@@ -24,6 +24,7 @@ import signal
 import statistics
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
@@ -46,7 +47,7 @@ from mede2.trainer.planning.shapes import shape_of
 from mede2.trainer.planning.work import Sizes, step_work
 from mede2.trainer.settings import ENHANCE, BatchArithmetic, Settings
 
-EPOCHS = 3  # that our reference pass serves
+EPOCHS = 3  # that serve themselves of what we compute once
 LEAVE_S = 20  # for a contender to end in order
 SPARE_UPDATES = 2  # data behind the last timed update, so that data workers have as much to do as before it
 PACKAGES = ("trl", "transformers", "deepspeed", "accelerate")
@@ -55,10 +56,13 @@ SAME = {"fp32": (2, 1e-3), "bf16": (1, 2e-2)}  # updates that must agree with TR
 OURS, TRL, COMPACT, ZERO3 = "ours", "TRL", "TRL compact", "TRL compact, ZeRO-3"
 VARIANTS = {  # ours, with one thing changed by settings
     "no shared prefix": {"shared_prefix": False},
+    "no image features": {"cache_image_features": False},
     "no data workers": {"num_workers": 0},
     "no fused log-probabilities": {"logps": "reference"},
     "packed rows": {"pack_length": 2048, "micro_batch_size": 1},
 }
+
+QUICK_VARIANTS = ("no shared prefix", "no image features")
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,13 @@ class Case:
         )
 
 
-def contenders(case: Case, variants: bool) -> dict[str, Contender]:
-    """By name, TRL first."""
+def contenders(case: Case, variants: Collection[str]) -> dict[str, Contender]:
+    """By name, TRL first, then ours and those of `VARIANTS` that are named."""
     found = {TRL: Contender("trl", deepspeed=case.device == "cuda")}  # on CUDA, it is compact by itself
     if case.device == "cpu":
         found |= {COMPACT: Contender("trl", compact=True), ZERO3: Contender("trl", compact=True, deepspeed=True)}
     found[OURS] = Contender("ours")
-    if variants:
-        found |= {name: Contender("ours", settings=settings) for name, settings in VARIANTS.items()}
+    found |= {name: Contender("ours", settings=VARIANTS[name]) for name in variants}
     if case.global_batch_size == 1:
         found.pop("packed rows", None)  # of one pair are what they are without
     return found
@@ -188,7 +191,7 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def measure(case: Case, rounds: int, variants: bool, console: Console) -> list[dict]:
+def measure(case: Case, rounds: int, variants: Collection[str], console: Console) -> list[dict]:
     """One row for each contender, TRL first."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -216,26 +219,27 @@ def row_of(
     case: Case, name: str, contender: Contender, reports: list[dict], config, sizes: Sizes, flops: float
 ) -> dict[str, str | float]:
     """The figures of a contender, from its reports, the sizes of a pair and the rate of a matrix product."""
-    is_trl = contender.trainer == "trl"
+    is_trl, settings = contender.trainer == "trl", Settings(**contender.settings)
     timed = torch.tensor([report["ms"] for report in reports[1:]], dtype=torch.float64)
     low, step_ms, high = timed.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     waits = [report["data_wait_ms"] / report["ms"] for report in reports[1:] if "data_wait_ms" in report]
-    reference_ms = reports[0].get("reference_ms_per_pair", 0.0)
+    once_ms = reports[0].get("once_ms_per_pair", 0.0)
     pairs_per_s, pairs_per_s_one_epoch = (
-        1e3 / (step_ms / case.global_batch_size + reference_ms / epochs) for epochs in (EPOCHS, 1)
+        1e3 / (step_ms / case.global_batch_size + once_ms / epochs) for epochs in (EPOCHS, 1)
     )
     shape = shape_of(config.to_dict(), case.model)
     spent = step_work(
-        shape, sizes, shared=not is_trl and Settings(**contender.settings).shared_prefix,
+        shape, sizes, shared=not is_trl and settings.shared_prefix,
         all_rows=is_trl and case.device == "cpu" and not contender.compact,
         reference_passes=1 if is_trl else 1 / EPOCHS,
+        vision_passes=1 / EPOCHS if not is_trl and settings.cache_image_features else None,
     )  # fmt: skip
-    least = step_work(shape, sizes, shared=True, all_rows=False, reference_passes=1 / EPOCHS)
+    least = step_work(shape, sizes, shared=True, all_rows=False, reference_passes=1 / EPOCHS, vision_passes=1 / EPOCHS)
     return {
         "model": case.model, "dtype": case.dtype, "prompt_tokens": sizes.prompt, "answer_tokens": sizes.answer,
         "image_tokens": sizes.image_tokens, "global_batch_size": case.global_batch_size,
         "micro_batch_size": case.micro_batch_size, "contender": name, "settings": json.dumps(contender.settings),
-        "rounds": len(timed), "step_ms": step_ms, "p20_ms": low, "p80_ms": high, "reference_ms_per_pair": reference_ms,
+        "rounds": len(timed), "step_ms": step_ms, "p20_ms": low, "p80_ms": high, "once_ms_per_pair": once_ms,
         "epochs": EPOCHS, "pairs_per_s": pairs_per_s, "pairs_per_s_1_epoch": pairs_per_s_one_epoch,
         "tokens_per_s": pairs_per_s * 2 * (sizes.prompt + sizes.answer),
         "data_wait_share": statistics.median(waits) if waits else "", "peak_mib": reports[-1]["peak_mib"],
@@ -339,7 +343,7 @@ def headline(case: Case, rows: list[dict]) -> dict:
 @click.option("--micro-batch-size", default=1, show_default=True, type=click.IntRange(min=1), help="Pairs a forward.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Timed updates of each; default 5, 2 if --quick.")
 @click.option("--variants/--no-variants", default=True, show_default=True, help="Ours without each feature as well.")
-@click.option("--quick", is_flag=True, help="One case, few rounds: under two minutes on two cores.")
+@click.option("--quick", is_flag=True, help="One case, few rounds and variants: under two minutes on two cores.")
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), default=REPOSITORY / "benchmarks" / "results",
     help="Folder of bench_step.csv, which grows, and bench_step.png.  [default: benchmarks/results]",
@@ -359,6 +363,7 @@ def main(
     if pairs % micro_batch_size:
         raise click.UsageError(f"--pairs: {pairs} is no multiple of --micro-batch-size {micro_batch_size}")
     rounds = rounds or (2 if quick else 5)
+    named = () if not variants else QUICK_VARIANTS if quick else tuple(VARIANTS)
     output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # the same for all contenders
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # of the contenders; next, of this process
@@ -374,7 +379,7 @@ def main(
     for model in models:
         for dtype in dtypes:
             case = Case(model, dtype, device, prompt, answer, pairs, micro_batch_size)
-            rows = measure(case, rounds, variants, console)
+            rows = measure(case, rounds, named, console)
             append_csv(output / "bench_step.csv", [{"date": place["date"], **machine, **place, **row} for row in rows])
             console.print(as_table(rows, case))
             measured[case] = rows

@@ -240,17 +240,16 @@ def held_now(engine: Engine) -> dict[str, dict[int, int]]:
 def main(folder: Path) -> None:
     """Measure the cases that job.json names, and write what this rank found."""
     quiet_transformers()
-    world = join_world()
     names = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    for case in CASES:
-        if case.name in names:
-            model = folder / f"model of {case.name}"
-            if world.is_main:
-                make_model(case, model)
-            world.barrier()
-            found = measure(case, model, world)
-            (folder / f"{case.name} rank {world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    world.leave()
+    with join_world() as world:
+        for case in CASES:
+            if case.name in names:
+                model = folder / f"model of {case.name}"
+                if world.is_main:
+                    make_model(case, model)
+                world.barrier()
+                found = measure(case, model, world)
+                (folder / f"{case.name} rank {world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

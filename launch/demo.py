@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from mede2.trainer.commandline import close_to_others
+
 
 @click.command(help=__doc__)
 @click.option("--runs", default="runs", show_default=True, help="Folder that holds stage1 and stage2.")
@@ -12,6 +14,7 @@ import click
 )
 @click.option("--model", "models", multiple=True, metavar="NAME=FOLDER", help="Further models to score.")
 def main(runs: str, num_cases: int, models: tuple[str, ...]) -> None:
+    close_to_others()
     folders = {"Stage I": Path(runs) / "stage1", "Stage II": Path(runs) / "stage2"}
     for model in models:
         name, equals, folder = model.partition("=")

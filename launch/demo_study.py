@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from mede2.trainer.commandline import close_to_others
+
 LAUNCH = Path(__file__).parent
 
 
@@ -23,6 +25,7 @@ LAUNCH = Path(__file__).parent
 )
 @click.option("--num-rows", type=click.IntRange(min=1), help="Training records of every run; unset: as the demo has.")
 def main(runs: str, ds: str, seeds: tuple[int, ...], names: tuple[str, ...], num_cases: int, num_rows: int | None):
+    close_to_others()
     from mede2.trainer.demo import comparison, study
     from mede2.trainer.demo.cases import heldout_cases
     from mede2.trainer.demo.defaults import BASE_MODEL

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,15 @@ TEMPLATES = {
     "qwen3_vl": _chat_template(QWEN_IMAGE),
     "internvl3": _chat_template("<IMG_CONTEXT>\n"),
 }
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Commands that run in this process leave it the signals as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

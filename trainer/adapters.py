@@ -40,6 +40,8 @@ def add_adapter(model: nn.Module, adapter: Settings | Path, linears: Sequence[st
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     if isinstance(adapter, Path):
+        if not (adapter / WEIGHTS_FILE).is_file():
+            raise ValueError(f"adapter: {adapter} holds no {WEIGHTS_FILE} (adapter_model.bin, a pickle, is not read)")
         config = LoraConfig.from_pretrained(adapter)
     else:
         config = LoraConfig(

@@ -106,10 +106,14 @@ class Alarms:
         Args:
             row: of metrics.jsonl; marks of its own alarms, as read back from the file, change nothing.
 
+        An update that was left out (it has no grad_norm) is not among those that alarms look back on.
+
         Returns:
             the text of each alarm that starts now, by name; and the row's marks: `alarms/NAME` 1 while the alarm
             lasts, 0 where it ends, absent otherwise.
         """
+        if "num_skipped" in row and "grad_norm" not in row:
+            return {}, {f"alarms/{name}": 1.0 for name in self.sounding}
         self.rows.append(row)
         starting, marks = {}, {}
         for alarm in ALARMS:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mede2.trainer import other_world
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import hash_file, write_json
+from mede2.trainer.unpickling import tensors_only
 from mede2.trainer.world import World
 
 MARKER = "complete.json"  # the manifest, written last; a folder without it is not a checkpoint
@@ -32,6 +34,9 @@ class Checkpoint:
         identity: of its run.
         objective: what the objective carries.
         files: bytes and sha256 of each file, by its name within the folder.
+        owed: metrics of update `step` whose row is not yet in the metrics file, because the evaluation that belongs to
+            it was stopped; None: nothing is owed.
+        converted: where it is for another number of ranks, from `other_world.convert`.
     """
 
     path: Path
@@ -40,6 +45,8 @@ class Checkpoint:
     identity: dict[str, Any]
     objective: dict[str, float]
     files: dict[str, dict[str, Any]]
+    owed: dict[str, float] | None = None
+    converted: Path | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -51,7 +58,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
         names = ("step", "world_size", "identity", "objective")
-        checkpoint = Checkpoint(path, *(marker[name] for name in names), marker.get("files", {}))
+        checkpoint = Checkpoint(path, *(marker[name] for name in names), marker.get("files", {}), marker.get("owed"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no complete checkpoint ({MARKER} is missing or damaged)") from error
     for name, file in checkpoint.files.items():
@@ -90,7 +97,7 @@ def first_whole(folders: Sequence[Path], world: World) -> Checkpoint:
 
 def save_checkpoint(
     engine: Engine, folder: Path, step: int, identity: dict[str, Any], objective: dict[str, float],
-    keep: int = 0, keep_every: int = 0,
+    keep: int = 0, keep_every: int = 0, owed: dict[str, float] | None = None,
 ) -> Path:  # fmt: skip
     """Write the state after `step` updates: trained weights, optimizer, every rank's random number generators, and
     what the objective carries (its `state_dict`, the same on all ranks).
@@ -105,6 +112,7 @@ def save_checkpoint(
         objective: state of the objective.
         keep: newest checkpoints that stay; older ones are deleted when this one is whole. 0: all.
         keep_every: checkpoints whose step is a multiple of it stay whatever `keep` says. 0: none.
+        owed: see `Checkpoint`.
 
     Raises:
         ValueError: the disk has too little room or refuses; the checkpoints that were there are as they were.
@@ -123,6 +131,7 @@ def save_checkpoint(
             raise OSError("; ".join(unread))
         files = {name: {"bytes": (partial / name).stat().st_size, "sha256": value} for name, value in hashes.items()}
         marker = {"step": step, "world_size": world.size, "identity": identity, "objective": objective, "files": files}
+        marker |= {"owed": owed} if owed else {}
         write_json(partial / MARKER, marker)
         shutil.rmtree(final, ignore_errors=True)  # of an earlier run through the same step
         os.rename(partial, final)
@@ -203,18 +212,22 @@ def _delete_old(folder: Path, step: int, keep: int, keep_every: int) -> None:
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     """Put the engine and the random number generators back to where the checkpoint left them.
 
+    With another number of ranks those that the checkpoint has generators of take them up, and the others get theirs
+    from the run's seed, their rank and the step.
+
     Raises:
-        ValueError: the checkpoint was written by another number of ranks.
+        ValueError: there is nothing to load, or it holds what is neither tensor nor value.
     """
-    if checkpoint.world_size != engine.world.size:
-        raise ValueError(
-            f"resume: {checkpoint.path} was written by {checkpoint.world_size} ranks and cannot be continued by "
-            f"{engine.world.size}; start as many, or start over with --resume never"
-        )
+    assert checkpoint.converted or checkpoint.world_size == engine.world.size
     folder, tag = checkpoint.path.parent, checkpoint.path.name
-    loaded, _ = engine.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)
-    if loaded is None:
-        raise ValueError(f"resume: DeepSpeed finds nothing to load in {checkpoint.path}")
+    with tensors_only(checkpoint.path):
+        if checkpoint.converted:
+            other_world.load(engine, checkpoint.converted)
+        elif engine.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)[0] is None:
+            raise ValueError(f"resume: DeepSpeed finds nothing to load in {checkpoint.path}")
+    if engine.world.rank >= checkpoint.world_size:
+        other_world.seed_generators(checkpoint.identity["settings"]["seed"], engine.world.rank, checkpoint.step)
+        return
     states = load_file(checkpoint.path / _generator_file(engine.world.rank))
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:

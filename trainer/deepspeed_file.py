@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mede2.trainer.redaction import SECRET_NAMES
 from mede2.trainer.settings import BatchArithmetic, Settings
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
     for section in ("zero_optimization", "bf16"):
         if not isinstance(config.get(section, {}), dict):
             raise ValueError(f"--ds {path}: {section}: {config[section]!r} is not a JSON object")
+    if secret := [field for field in _paths(config) if field.upper().endswith(SECRET_NAMES)]:
+        raise ValueError(f"--ds {path}: {secret[0]}: DeepSpeed prints its file; give it by an environment variable")
     stage = get_field(config, "zero_optimization.stage")
     if stage not in (1, 2, 3):
         raise ValueError(f"--ds {path}: zero_optimization.stage: {stage!r} is not 1, 2 or 3")
@@ -99,6 +102,9 @@ def fill_deepspeed_config(
                 f"--ds: {field} is {given!r}, but a rank holds {share} values of the largest parameter: give that many "
                 'or more, or "auto"'
             )
+    for field in ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"):
+        if get_field(filled, field) not in (True, None):
+            raise ValueError(f"--ds: {field}: remove it; on_non_finite needs DeepSpeed to look before an update")
     fill_sizes(filled, hidden_size)
     if left := [field for field in _paths(filled) if get_field(filled, field) == "auto"]:
         raise ValueError(f'--ds: {", ".join(left)}: no setting fills this "auto"; write a value')

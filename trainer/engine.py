@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mede2.trainer.adapters import adapter_tensors, whole_tensors
 from mede2.trainer.deepspeed_file import on_nvme
+from mede2.trainer.gradients import clear_gradients
 from mede2.trainer.losses import sum_by_sequence
 from mede2.trainer.policy import Policy, part_of
 from mede2.trainer.settings import Settings
@@ -114,6 +115,11 @@ class Engine:
         )
 
     @torch.no_grad()
+    def image_features(self, micro_batch) -> Tensor:
+        """What the vision tower makes of a micro-batch's images; see `Policy.image_features`."""
+        return self.deepspeed(micro_batch.inputs)
+
+    @torch.no_grad()
     def answer_logps(self, micro_batch) -> Tensor:
         """Log-probability (S,) fp64 of each sequence's answer, without gradients."""
         logps = self(micro_batch)
@@ -140,16 +146,28 @@ class Engine:
         """Apply the accumulated gradients; returns their global norm before clipping.
 
         Raises:
-            NonFiniteUpdate: on every rank, if on any rank the engine left the weights as they were, as ZeRO-3 does
-                without a word when the norm is not finite.
+            NonFiniteUpdate: on every rank, if on any rank the engine left the weights as they were, as it does without
+                a word when the norm is not finite. It has counted that, and the gradients are gone.
         """
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
         applied = self.deepspeed.was_step_applied() and norm == norm and abs(norm) != float("inf")
         if self.world.sum({"skipped": float(not applied)})["skipped"]:
+            clear_gradients(self.deepspeed.optimizer)  # its own cleaning leaves those of an offload in bf16
             raise NonFiniteUpdate("the gradient norm is not finite")
         return norm
+
+    def discard(self) -> None:
+        """Let go of the accumulated gradients in place of an update, and count that as the engine counts its own."""
+        clear_gradients(self.deepspeed.optimizer)
+        self.deepspeed.skipped_steps += 1
+        self.deepspeed.global_steps += 1
+
+    @property
+    def num_skipped(self) -> int:
+        """Updates that were left out since the run began; checkpoints carry it."""
+        return self.deepspeed.skipped_steps
 
     def state_dict(self, adapter_only: bool = False) -> dict[str, Tensor] | None:
         """The whole model, an adapter merged into it, on rank 0's host under transformers' names; None elsewhere. All

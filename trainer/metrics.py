@@ -1,6 +1,7 @@
 """Watching a run: metrics.jsonl (one row an update), TensorBoard, alarms, a progress line. Only rank 0 writes."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mede2.trainer.alarms import Alarms
 from mede2.trainer.files import write_text
+from mede2.trainer.stopping import StopRequested
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_s")
 PLAIN_LINES = 20  # lines of progress in a log file
@@ -31,7 +33,8 @@ def read_metrics(path: Path) -> list[dict]:
 class Metrics:
     """Writes the rows of a run that continues after `first_step` updates.
 
-    Rows of later updates, left by a process that died, are taken out, so that no update is there twice.
+    Rows of later updates, left by a process that died, are taken out, so that no update is there twice; if one is
+    missing, that is said.
 
     Args:
         output: folder of metrics.jsonl and tensorboard/.
@@ -44,6 +47,9 @@ class Metrics:
     def __init__(self, output: Path, first_step: int, num_steps: int, title: str, tracker=None):
         path = output / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+        steps = [row["step"] for row in kept]
+        if kept and steps != list(range(steps[0], first_step + 1)):
+            print(f"warning: {path} has the rows of updates {steps}, not of all up to {first_step}", flush=True)
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
@@ -92,6 +98,10 @@ class Metrics:
                 self.tracker.alert(f"{name} at update {step}", text)
         self._show(step, row)
 
+    def sync(self) -> None:
+        """Let the rows written so far outlive the machine, as the checkpoint does that counts on them."""
+        os.fsync(self.file.fileno())
+
     def _show(self, step: int, row: dict[str, float]) -> None:
         self.done_here += 1
         shown = "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
@@ -107,6 +117,8 @@ class Metrics:
         self.file.close()
         self.board.close()
         if self.tracker:
+            if isinstance(sys.exception(), StopRequested):
+                self.tracker.mark_preempting()  # "preempted" there, not "failed"
             self.tracker.finish(exit_code=int(sys.exception() is not None))
 
 

@@ -1,5 +1,6 @@
 """The policy: a vision-language model whose head returns log-probabilities. Imports transformers and deepspeed."""
 
+import inspect
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,9 +64,11 @@ class Policy(nn.Module):
             text_config._attn_implementation = BRANCHED  # of the language model only
 
     def forward(
-        self, inputs: Mapping[str, Tensor], branches: Tensor | None, rows: Tensor, targets: Tensor, sequence: Tensor
-    ) -> Tensor:
-        """Log-probabilities of answer tokens.
+        self, inputs: Mapping[str, Tensor], branches: Tensor | None = None, rows: Tensor | None = None,
+        targets: Tensor | None = None, sequence: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Log-probabilities of answer tokens; of inputs alone, the features of their images (`image_features`), as
+        ZeRO-3 gathers weights in a forward of the whole module only.
 
         Args:
             inputs, branches, rows: as in `answer_states`.
@@ -76,13 +79,25 @@ class Policy(nn.Module):
         Returns:
             (N,) fp32.
         """
+        if rows is None:
+            return self.image_features(inputs)
         return self.model.get_output_embeddings()(self.answer_states(inputs, branches, rows), targets, sequence)
+
+    def image_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the vision tower and the merger make of a micro-batch's images: (tokens, 1 + d, H), d the deeper layers
+        of the language model that get features of their own (Qwen3-VL)."""
+        found = self.model.model.get_image_features(
+            **{name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}, return_dict=True
+        )
+        layers = [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
+        return torch.stack([torch.cat(tuple(features)) for features in layers], 1)
 
     def answer_states(self, inputs: Mapping[str, Tensor], branches: Tensor | None, rows: Tensor) -> Tensor:
         """Final hidden states (N, H) that predict the answer tokens.
 
         Args:
-            inputs: of the model: input_ids (R, T), position_ids and the images' tensors.
+            inputs: of the model: input_ids (R, T), position_ids and the images' tensors, or in place of those
+                image_features (tokens, 1 + d, H) as `image_features` gives them.
             branches: (2, R, T) int64 on the CPU, piece and branch of each token, or None where every row is one
                 conversation. Flash attention takes no mask: it tells the conversations of a packed row apart by their
                 positions, and prompts are not shared under it.
@@ -94,8 +109,28 @@ class Policy(nn.Module):
             options = {"spans": spans_of(*branches, self.model.dtype, device)}
         elif branches is not None and attention != "flash_attention_2":
             mask = branch_mask(*branches.to(device), dtype=self.model.dtype)
+        if "image_features" in inputs:
+            inputs, options["mm_encoder_outputs"] = self._with_features(**inputs)
         hidden = self.model.model(**inputs, attention_mask=mask, use_cache=False, **options).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, rows)
+
+    def _with_features(self, image_features: Tensor, **inputs: Tensor) -> tuple[dict, dict]:
+        """The other inputs, and the features as the model's own encoder would give them, as if of one image."""
+        first, *deeper = ((features,) for features in image_features.unbind(1))
+        if "image_grid_thw" not in _forward_parameters(self.model.model):  # images of one size, in one tensor
+            first = torch.stack(first)
+        return inputs, {"image": types.SimpleNamespace(pooler_output=first, deepstack_features=deeper)}
+
+
+def takes_image_features(config: transformers.PreTrainedConfig) -> bool:
+    """Whether a model of this config can be given the features of images in place of the images."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config).model
+    return "mm_encoder_outputs" in _forward_parameters(model)
+
+
+def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(model).forward).parameters
 
 
 def load_policy(
@@ -150,7 +185,7 @@ def _load_model(folder: Path, dtype: torch.dtype, attention: str, quantization: 
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, quantization_config=quantization,
-            output_loading_info=True, ignore_mismatched_sizes=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True,
         )  # fmt: skip
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(f"model: {folder} does not load: {error}") from error

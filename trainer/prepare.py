@@ -1,5 +1,6 @@
 """A run before its weights are loaded: settings, data and configuration checked, described, and where it continues."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from mede2.kernels.logps import choose_implementation
+from mede2.trainer import watchdog
 from mede2.trainer.checkpoint import Checkpoint, checkpoint_folders, first_whole
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.collate import Collator
@@ -25,7 +27,15 @@ from mede2.trainer.deepspeed_file import fill_deepspeed_config, read_deepspeed_f
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import check_nvme
 from mede2.trainer.files import hash_json, hash_weights
-from mede2.trainer.policy import check_adapter, has_sliding_layers, largest_parameter
+from mede2.trainer.other_world import check_convertible, convert
+from mede2.trainer.policy import (
+    Policy,
+    check_adapter,
+    has_sliding_layers,
+    largest_parameter,
+    load_policy,
+    takes_image_features,
+)
 from mede2.trainer.resolution import Resolved
 from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Settings
 from mede2.trainer.world import World
@@ -48,6 +58,7 @@ class Prepared:
         batch: the batch arithmetic.
         train, held_out: batches of the training records, and of the held-out ones where there are any.
         num_steps: updates of the whole run.
+        caches_image_features: the vision tower runs once for each image, not in every step.
         identity: what a run must share with the one it continues: settings, weights and data, by hash.
     """
 
@@ -62,6 +73,7 @@ class Prepared:
     train: Batches
     held_out: Batches | None
     num_steps: int
+    caches_image_features: bool
     identity: dict[str, Any]
 
     @property
@@ -71,6 +83,21 @@ class Prepared:
     @property
     def stage(self) -> int:
         return self.resolved.stage
+
+    @property
+    def sets(self) -> dict[str, Batches]:
+        """The data sets by name."""
+        return {"train": self.train} | ({"eval": self.held_out} if self.held_out else {})
+
+    def load(self, folder: Path, adapter: Settings | Path | None = None, quantize: str | None = None) -> Policy:
+        """A policy from `folder` as this run's settings want it; see `load_policy`."""
+        self.world.stop_if_asked(f"before the weights of {folder} were loaded")
+        watchdog.phase(f"loading {folder}")
+        return load_policy(
+            folder, dtype=self.dtype, attention=self.settings.attention, implementation=self.implementation,
+            deepspeed_config=self.config, activation_checkpointing=self.settings.activation_checkpointing,
+            activation_offload=self.settings.activation_offload, adapter=adapter, quantize=quantize,
+        )  # fmt: skip
 
 
 def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World) -> Prepared:
@@ -148,7 +175,7 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
         fill_deepspeed_config(
             config, settings, batch, dtype, text_config.hidden_size, largest_parameter(model_config)
         ),
-        batch, train_batches, eval_batches, num_steps, identity,
+        batch, train_batches, eval_batches, num_steps, _caches_image_features(settings, model_config), identity,
     )  # fmt: skip
 
 
@@ -166,6 +193,11 @@ def _check_attention(settings: Settings, stage: int, text_config) -> None:
             "shared_prefix: this model has layers of sliding attention, which its mask would undo; add "
             "--set shared_prefix=false"
         )
+
+
+def _caches_image_features(settings: Settings, config) -> bool:
+    frozen = not (settings.train_vision_tower or settings.train_merger)
+    return settings.cache_image_features and frozen and takes_image_features(config)
 
 
 def _check_corruption(settings: Settings, train_set: DataSet, eval_set: DataSet | None) -> None:
@@ -201,7 +233,8 @@ def describe(run: Prepared) -> list[str]:
         if both := sum(example.digest in trained_on for example in run.held_out.dataset.examples):
             lines.append(f"warning: held-out rows that are trained on, too: {both}")
     lines.append(f"batch: {run.batch}; {run.train.sampler.steps_per_epoch} updates an epoch, {run.num_steps} in all")
-    vision = "runs in every micro-batch" if run.train.dataset.has_images else "does not run (no record has an image)"
+    how_often = "once for each image" if run.caches_image_features else "in every micro-batch"
+    vision = f"runs {how_often}" if run.train.dataset.has_images else "does not run (no record has an image)"
     lines.append(
         f"model: {run.model}, {str(run.dtype).removeprefix('torch.')} on {run.world.device.type}, "
         f"ZeRO-{run.config['zero_optimization']['stage']}, attention {run.settings.attention}, log-probabilities "
@@ -220,14 +253,31 @@ def find_checkpoint(run: Prepared) -> Checkpoint | None:
     """Where the run continues, or None where it starts; with `resume: never` an older run is moved aside.
 
     Raises:
-        ValueError: the output holds another run, or something that is none; no checkpoint is whole.
+        ValueError: the output holds another run, or something that is none; no checkpoint is whole; another number of
+            ranks wrote it with an optimizer that these cannot take over.
     """
     folders = run.world.on_main(lambda: _folders_to_resume(run))
     if not folders:
         return None
     checkpoint = first_whole(folders, run.world)
     _check_identity(run.identity, checkpoint.identity, str(checkpoint.path))
+    check_convertible(checkpoint.path, checkpoint.world_size, run.world.size, run.settings.optimizer)
     return checkpoint
+
+
+def for_this_world(run: Prepared, checkpoint: Checkpoint) -> tuple[Prepared, Checkpoint]:
+    """The run and its checkpoint, converted if another number of ranks wrote it; before there is an engine, as both
+    take memory."""
+    if checkpoint.world_size == run.world.size:
+        return run, checkpoint
+    ranks = f"{checkpoint.world_size} rank{'s' if checkpoint.world_size > 1 else ''}"
+    run.world.say(f"checkpoint of {ranks}, continued by {run.world.size} through the universal format")
+    converted = convert(checkpoint.path, checkpoint.step, run.output / "checkpoints", run.world)
+    section = run.config.get("checkpoint", {}) | {"load_universal": True}
+    return (
+        dataclasses.replace(run, config=run.config | {"checkpoint": section}),
+        dataclasses.replace(checkpoint, converted=converted),
+    )
 
 
 def _folders_to_resume(run: Prepared) -> list[Path]:

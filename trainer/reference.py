@@ -1,6 +1,7 @@
 """Reference log-probabilities: computed once by the policy's own forward, cached under a hash of all they depend on."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import hash_json
+from mede2.trainer.stopping import StopRequested
 
 TENSOR = "answer_logps"
 
@@ -33,6 +35,13 @@ def read_cache(folder: Path, components: dict[str, str], num_examples: int) -> T
         ValueError: a file of that name that is damaged or was made from something else; says what differs.
     """
     path = cache_path(folder, components)
+    values = _read(path, components, num_examples)
+    if values is not None and not torch.isfinite(values).all():
+        raise ValueError(f"reference cache {path}: values that are not finite; delete it to compute it again")
+    return values
+
+
+def _read(path: Path, components: dict[str, str], num_examples: int) -> Tensor | None:
     if not path.exists():
         return None
     try:
@@ -45,8 +54,6 @@ def read_cache(folder: Path, components: dict[str, str], num_examples: int) -> T
         raise ValueError(f"reference cache {path}: made from another {', '.join(names)}; delete it to compute it again")
     if len(values) != num_examples:
         raise ValueError(f"reference cache {path}: {len(values)} rows for {num_examples} records; delete it")
-    if not torch.isfinite(values).all():
-        raise ValueError(f"reference cache {path}: values that are not finite; delete it to compute it again")
     return values
 
 
@@ -54,7 +61,8 @@ def compute(engine: Engine, batches: Batches, folder: Path, components: dict[str
     """Run the reference over a data set, each rank over its share, and cache the result.
 
     The rows go in the order and the micro-batches of the first epoch, so that the first updates of training meet the
-    very same tensors and their margins are zero.
+    very same tensors and their margins are zero. A pass that is stopped leaves what it has in a file beside the cache,
+    and the next one starts with the first step that still lacks a row: the same steps as if nothing had happened.
 
     Args:
         engine: the reference model.
@@ -65,26 +73,51 @@ def compute(engine: Engine, batches: Batches, folder: Path, components: dict[str
 
     Returns:
         (num_examples, sides) fp64 on the CPU, the same on all ranks.
+
+    Raises:
+        ValueError: values that are not finite; names their rows.
+        StopRequested: on every rank.
     """
+    path, num_examples = cache_path(folder, components), len(batches.dataset.examples)
+    unfinished = path.with_suffix(".unfinished.safetensors")
+    known = engine.world.on_main(lambda: _known(unfinished, components, num_examples))
+    total = batches.sampler.steps_per_epoch
+    missing = (step for step in range(total) if not known.keys() >= set(batches.sampler.global_batch(step)))
+    steps = range(next(missing, total), total)
     share: dict[int, list[float]] = {}
+    asked = None
     engine.deepspeed.eval()
-    steps = range(batches.sampler.steps_per_epoch)
-    feed = batches.feed(steps)
+    feed = batches.feed(steps, "reference batch")
     for step in steps:
         for micro_batch in feed.micro_batches(step):
             micro_batch = micro_batch.to(engine.world.device, engine.dtype)
             answers = engine.answer_logps(micro_batch)  # (S,), the chosen answers first
             per_row = answers.view(-1, len(micro_batch.indices)).T
             share |= zip(micro_batch.indices, per_row.tolist(), strict=True)
-        progress(step + 1, len(steps))
+        progress(step + 1, total)
+        if asked := engine.world.asked_to_stop():
+            break
     engine.deepspeed.train()
-    rows = {index: values for part in engine.world.gather(share) for index, values in part.items()}
-    values = torch.tensor([rows[index] for index in range(len(batches.dataset.examples))], dtype=torch.float64)
+    rows = known | {index: values for part in engine.world.gather(share) for index, values in part.items()}
+    if asked:
+        lacking = [math.nan] * len(next(iter(rows.values())))
+        values = torch.tensor([rows.get(index, lacking) for index in range(num_examples)], dtype=torch.float64)
+        engine.world.on_main(lambda: _write_cache(values, unfinished, components))
+        raise StopRequested(f"stopped by {asked} in the reference pass, after step {step + 1} of {total}")
+    values = torch.tensor([rows[index] for index in range(num_examples)], dtype=torch.float64)
     if not torch.isfinite(values).all():
         bad = [batches.dataset.examples[i].source for i in (~torch.isfinite(values).all(1)).nonzero()[:, 0].tolist()]
         raise ValueError(f"the reference log-probabilities of {', '.join(bad[:5])} are not finite")
-    engine.world.on_main(lambda: _write_cache(values, cache_path(folder, components), components))
+    engine.world.on_main(lambda: _write_cache(values, path, components))
+    engine.world.on_main(lambda: unfinished.unlink(missing_ok=True))
     return values
+
+
+def _known(path: Path, components: dict[str, str], num_examples: int) -> dict[int, list[float]]:
+    """What an unfinished pass has left, by row."""
+    values = _read(path, components, num_examples)
+    rows = enumerate(values.tolist() if values is not None else [])
+    return {index: row for index, row in rows if all(map(math.isfinite, row))}
 
 
 def _write_cache(values: Tensor, path: Path, components: dict[str, str]) -> None:

@@ -3,7 +3,8 @@
 import torch
 
 from mede2.trainer.data.batches import Batches
-from mede2.trainer.engine import Engine, NonFiniteUpdate
+from mede2.trainer.engine import Engine
+from mede2.trainer.gradients import clear_gradients
 from mede2.trainer.objectives import Objective
 
 
@@ -17,12 +18,11 @@ def heaviest(batches: Batches, steps: range) -> tuple[int, int]:
 
 
 def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: range) -> None:
-    """Forward and backward of the heaviest micro-batch, its loss times zero: nothing is updated, and the gradients that
-    the first update finds are zeros; what dropout draws is given back.
+    """Forward and backward of the heaviest micro-batch: nothing is updated, the first update finds no gradients, and
+    what dropout draws is given back. A loss that is not finite is judged when its update comes.
 
     Raises:
         ValueError: it does not fit into memory; names its rows and what would help.
-        NonFiniteUpdate: on every rank, its loss is not finite.
     """
     step, number = heaviest(batches, steps)
     slots = batches.sampler.micro_batches(step, batches.world.rank)[number]
@@ -30,10 +30,8 @@ def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: rang
     try:
         with torch.random.fork_rng([engine.world.device] if engine.world.device.type == "cuda" else []):
             loss, _ = objective(engine(micro_batch), micro_batch, batches.totals(step))
-            suspects = () if torch.isfinite(loss) else micro_batch.sources
-            if rows := sorted({row for part in engine.world.gather(suspects) for row in part}):
-                raise NonFiniteUpdate(f"before the first update the loss is not finite; rows: {', '.join(rows)}")
-            engine.backward(loss * 0.0)
+            engine.backward(loss)
+            clear_gradients(engine.deepspeed.optimizer)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise

@@ -3,30 +3,31 @@
 import dataclasses
 import time
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from mede2.trainer import reference
+from mede2.trainer import watchdog
 from mede2.trainer.checkpoint import load_checkpoint, save_checkpoint
-from mede2.trainer.data.batches import Batches, Feed
+from mede2.trainer.data.batches import Feed
 from mede2.trainer.data.dataset import write_bad_rows
-from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.deepspeed_file import on_nvme
 from mede2.trainer.demo import defaults
 from mede2.trainer.engine import Engine, check_nvme, make_optimizer
 from mede2.trainer.export import compare, export, model_card, publish
-from mede2.trainer.files import hash_json, write_json, write_text
+from mede2.trainer.files import write_json, write_text
 from mede2.trainer.loop import evaluate, train
 from mede2.trainer.metrics import Metrics, read_metrics
 from mede2.trainer.moved import MovedCheck
 from mede2.trainer.objectives import Enhance, Objective, elicit
-from mede2.trainer.policy import PARTS, Policy, freeze, load_policy
-from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, prepare, settings_yaml
+from mede2.trainer.once import compute_once
+from mede2.trainer.pace import Pace
+from mede2.trainer.policy import PARTS, freeze
+from mede2.trainer.prepare import SUMMARY, Prepared, describe, find_checkpoint, for_this_world, prepare, settings_yaml
 from mede2.trainer.rehearsal import rehearse
 from mede2.trainer.resolution import Resolved, resolve
-from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES, Settings
+from mede2.trainer.settings import ELICIT, ENHANCE, STAGE_NAMES
+from mede2.trainer.stopping import StopRequested
 from mede2.trainer.weights_and_biases import check_wandb, start_wandb, started_run
 from mede2.trainer.world import World
 
@@ -46,6 +47,7 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
 
     Raises:
         ValueError: anything that a user can mend, before the first update.
+        StopRequested: on every rank; the same command continues.
     """
     started = time.perf_counter()
     if resolved.settings.wandb:
@@ -53,12 +55,14 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     output = Path(resolved.settings.output or f"runs/stage{resolved.stage}")
     if resolved.stage == ENHANCE and resolved.settings.model is None:
         resolved = _start_from_stage1(resolved, deepspeed_file, output, world)
+    watchdog.phase("checking settings and data")
     run = prepare(resolved, deepspeed_file, output, world)
     for line in describe(run):
         world.say(line)
     if run.settings.dry_run:
         world.say("dry run: nothing was trained")
         return None
+    watchdog.phase("looking for a checkpoint")
     checkpoint = find_checkpoint(run)
     check_nvme(run.config, resumes=checkpoint is not None)
     if checkpoint is None and world.on_main((output / SUMMARY).exists):
@@ -67,19 +71,26 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
     world.on_main(lambda: _write_inputs(run))
     if run.settings.wandb:
         world.on_main(lambda: start_wandb(run.settings, output, STAGE_NAMES[run.stage]))
+    if checkpoint:
+        run, checkpoint = for_this_world(run, checkpoint)
     torch.manual_seed(run.settings.seed + world.rank)  # dropout differs from rank to rank
 
     first_step = checkpoint.step if checkpoint else 0
-    feed = run.train.feed(range(first_step, run.num_steps))  # forks its workers, so before there is an engine
-    objective, held_out_objective, engine = _objectives_and_engine(run)
+    seen, values = compute_once(run)
+    feed = seen.train.feed(range(first_step, run.num_steps))  # forks its workers, so before there is an engine
+    objective, held_out_objective = _objectives(run, values)
+    engine = _engine(run)
     if checkpoint:
+        watchdog.phase("loading the checkpoint")
         load_checkpoint(engine, checkpoint)
         objective.load_state_dict(checkpoint.objective)
         world.say(f"continuing {checkpoint.path} at update {first_step} of {run.num_steps}")
-    _train(run, engine, objective, held_out_objective, feed)
+    _train(seen, engine, objective, held_out_objective, feed, checkpoint.owed if checkpoint else None)
     rows = world.on_main(lambda: read_metrics(output / "metrics.jsonl"))
     last = rows[-1] if rows else {}  # none where a finished checkpoint continues in a new output
+    watchdog.phase("exporting")
     difference = _export(run, engine, last)
+    watchdog.phase("finishing")
     seconds = time.perf_counter() - started
     summary = {
         "stage": run.stage, "updates": run.num_steps, "world_size": world.size, "seconds": round(seconds, 1),
@@ -120,109 +131,43 @@ def _write_inputs(run: Prepared) -> None:
 
 def closing_summary(first: dict[str, float], last: dict[str, float]) -> list[str]:
     """The numbers that matter, from the first to the last update, then those of the held-out records."""
-    moved = [f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in first if name.startswith(("loss", "rewards/"))]
+    names = [name for name in first if name.startswith(("loss", "rewards/")) and name in last]  # not of one left out
+    moved = [f"{name} {first[name]:.4g} -> {last[name]:.4g}" for name in names]
     held_out = [f"{name} {value:.4g}" for name, value in last.items() if name.startswith(("eval/loss", "eval/rewards"))]
     return ["  ".join(line) for line in (moved, held_out) if line]
 
 
-def _objectives_and_engine(run: Prepared) -> tuple[Objective, Objective | None, Engine]:
-    """The engine with its optimizer, and what it minimizes; the reference model is gone when this returns."""
+def _objectives(run: Prepared, values: dict[str, torch.Tensor]) -> tuple[Objective, Objective | None]:
+    """What training minimizes, and what the held-out records are measured by."""
     if run.stage == ELICIT:
-        return elicit, elicit, _engine(run)
-    settings = run.settings
-    if not settings.needs_reference:
-        run.world.say(f"objective {', '.join(settings.objective)}: nothing in it reads a reference, none is computed")
-        objective = Enhance(settings, None)
-        return objective, objective if run.held_out else None, _engine(run)
-    sets = {"train": run.train} | ({"eval": run.held_out} if run.held_out else {})
-    folder = Path(settings.reference_cache or run.output.parent / "reference_cache")
-    components = {name: _reference_components(run, batches) for name, batches in sets.items()}
-    found = run.world.on_main(lambda: {
-        name: reference.read_cache(folder, components[name], len(batches.dataset.examples))
-        for name, batches in sets.items()
-    })  # fmt: skip
-    missing = [name for name, values in found.items() if values is None]
-    if missing:  # by an engine of its own, so that training starts alike whether the cache was there or not
-        engine, computed = _reference_engine(run), {}
-        for name in missing:
-            path = reference.cache_path(folder, components[name])
-            if path not in computed:  # the same records may train and evaluate
-                run.world.say(f"reference log-probabilities of the {name} records: computing")
-                computed[path] = reference.compute(engine, sets[name], folder, components[name], _Ticker(run.world))
-            found[name] = computed[path]
-        engine.close()
-    for name in found.keys() - missing:
-        run.world.say(f"reference log-probabilities of the {name} records: found in {folder}")
-    engine = _engine(run)
-    values = {name: found[name].to(run.world.device) for name in found}
-    objective = Enhance(settings, values["train"])
-    return objective, dataclasses.replace(objective, reference=values["eval"]) if run.held_out else None, engine
-
-
-class _Ticker:
-    """A line of progress every fifth of the way."""
-
-    def __init__(self, world: World):
-        self.world, self.shown = world, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if done * 5 // total > self.shown:
-            self.shown = done * 5 // total
-            self.world.say(f"  reference pass {done}/{total}")
-
-
-def _reference_components(run: Prepared, batches: Batches) -> dict[str, str]:
-    return {
-        "weights": run.identity["reference"] or run.identity["model"],
-        "processor": run.identity["processor"],
-        "records": batches.dataset.fingerprint,
-        "corruption": str(batches.collator.corruption),
-        "dtype": str(run.dtype),
-        "attention": run.settings.attention,
-        "quantize": str(run.settings.quantize),
-        "log-probabilities": run.implementation,
-        "device": run.world.device.type,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
+        return elicit, elicit
+    if not run.settings.needs_reference:
+        mix = ", ".join(run.settings.objective)
+        run.world.say(f"objective {mix}: nothing in it reads a reference, none is computed")
+    objective = Enhance(run.settings, values.get("train"))
+    return objective, dataclasses.replace(objective, reference=values.get("eval")) if run.held_out else None
 
 
 def _engine(run: Prepared) -> Engine:
     """The policy, sharded, with its optimizer."""
     adapter = run.settings if run.settings.lora_rank else None
-    policy = _load(run, run.model, adapter=adapter, quantize=run.settings.quantize)
+    policy = run.load(run.model, adapter=adapter, quantize=run.settings.quantize)
     counts = freeze(policy, {part: getattr(run.settings, f"train_{part}") for part in PARTS})
     run.world.say("trained parameters: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
     return Engine(policy, run.config, run.world, run.dtype, make_optimizer(policy, run.settings))
 
 
-def _reference_engine(run: Prepared) -> Engine:
-    """The model that --reference names, or the starting policy, without an optimizer."""
-    folder = locate_model(run.settings.reference) if run.settings.reference else run.model
-    theirs = hash_json(describe_processor(load_processor(folder, run.settings.max_pixels)))
-    if theirs != run.identity["processor"]:
-        raise ValueError(f"reference: {folder} has another tokenizer, template or image processor than {run.model}")
-    return Engine(_load(run, folder, quantize=run.settings.quantize), run.config, run.world, run.dtype)
-
-
-def _load(run: Prepared, folder: Path, adapter: Settings | Path | None = None, quantize: str | None = None) -> Policy:
-    return load_policy(
-        folder, dtype=run.dtype, attention=run.settings.attention, implementation=run.implementation,
-        deepspeed_config=run.config, activation_checkpointing=run.settings.activation_checkpointing,
-        activation_offload=run.settings.activation_offload,
-        adapter=adapter, quantize=quantize,
-    )  # fmt: skip
-
-
 def _train(
-    run: Prepared, engine: Engine, objective: Objective, held_out_objective: Objective | None, feed: Feed
-) -> None:
-    """The loop with its watching, evaluating and saving."""
+    run: Prepared, engine: Engine, objective: Objective, held_out_objective: Objective | None, feed: Feed,
+    owed: dict[str, float] | None,
+) -> None:  # fmt: skip
+    """The loop with its watching, evaluating, saving and stopping. `owed`: see `Checkpoint`."""
     settings, world = run.settings, run.world
     watch = None
     if world.is_main:
         tracker = started_run() if settings.wandb else None
-        watch = Metrics(run.output, feed.steps.start, run.num_steps, f"stage {run.stage}", tracker)
+        watch = Metrics(run.output, feed.steps.start - bool(owed), run.num_steps, f"stage {run.stage}", tracker)
+    pace = Pace(world, feed, settings.pace_every)
     check_moved = None if on_nvme(run.config) else MovedCheck(engine)
     if check_moved is None:
         world.say("offload to NVMe: whether all that trains moves is not checked")
@@ -235,24 +180,45 @@ def _train(
     def after_update(step: int, metrics: dict[str, float]) -> None:
         done = step + 1
         seconds = watch.lap() if watch else 0.0
-        if check_moved and check_moved.waiting:
+        if check_moved and check_moved.waiting and "grad_norm" in metrics:  # not left out
             check_moved(has_image=run.train.totals(step).num_with_image > 0)
+        metrics |= pace(done)
         metrics["epoch"] = done / run.train.sampler.steps_per_epoch
-        if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
-            metrics |= evaluate(engine, held_out_objective, run.held_out)
-            metrics.pop("eval/rewards/margins_abs", None)
-        if watch:
-            watch.row(done, metrics, seconds)
-        if done == run.num_steps or (settings.save_every and done % settings.save_every == 0):
-            save_checkpoint(
-                engine, run.output / "checkpoints", done, run.identity, objective.state_dict(),
-                settings.keep_checkpoints, settings.keep_every,
-            )  # fmt: skip
+        try:
+            complete(done, metrics, seconds)
+        except StopRequested:
+            save(done, owed=metrics | {"step_ms": seconds * 1e3})
+            raise
+        due = done == run.num_steps or (settings.save_every and done % settings.save_every == 0)
+        if due or world.asked_to_stop():
+            save(done)
+            world.stop_if_asked(f"after update {done} of {run.num_steps}")  # asked before, or while it was written
         if watch:
             watch.start_lap()
 
+    def complete(done: int, metrics: dict[str, float], seconds: float) -> None:
+        """The evaluation that an update owes, and its row."""
+        if run.held_out and (done == run.num_steps or (settings.eval_every and done % settings.eval_every == 0)):
+            metrics = metrics | evaluate(engine, held_out_objective, run.held_out)
+            metrics.pop("eval/rewards/margins_abs", None)
+        if watch:
+            watch.row(done, metrics, seconds)
+
+    def save(done: int, owed: dict[str, float] | None = None) -> None:
+        if watch:
+            watch.sync()
+        watchdog.phase(f"writing the checkpoint of update {done}")
+        save_checkpoint(
+            engine, run.output / "checkpoints", done, run.identity, objective.state_dict(),
+            settings.keep_checkpoints, settings.keep_every, owed,
+        )  # fmt: skip
+
     try:
+        if owed:
+            complete(feed.steps.start, owed, owed["step_ms"] / 1e3)
+        world.stop_if_asked(f"before update {feed.steps.start + 1} of {run.num_steps}")
         if feed.steps:
+            watchdog.phase("rehearsing the longest micro-batch")
             rehearse(engine, objective, run.train, feed.steps)
         train(
             engine, objective, feed, settings, num_steps=run.num_steps,
@@ -284,6 +250,7 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     The engine is closed between: a device that just holds one model has no room for two.
     """
     world = run.world
+    world.stop_if_asked("before the export")
     probe = next(run.train.micro_batches(0)).to(world.device, engine.dtype)
     partial = run.output / ".export.partial"
     inputs = {name: run.identity[name] for name in ("model", "train", "eval", "reference") if run.identity[name]}
@@ -304,7 +271,7 @@ def _export(run: Prepared, engine: Engine, last: dict[str, float]) -> float:
     if settings.quantize and not adapter_of:  # 16 bits may not fit where 4 did: each rank holds a part of them
         zero = run.config["zero_optimization"] | {"stage": 3}
         run = dataclasses.replace(run, config=run.config | {"zero_optimization": zero})
-    again = Engine(_load(run, *parts), run.config, world, run.dtype)
+    again = Engine(run.load(*parts), run.config, world, run.dtype)
     with torch.no_grad():
         of_export = again(probe)
     merged = bool(settings.lora_rank) and adapter_of is None

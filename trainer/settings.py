@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mede2.trainer.redaction import has_credentials
+from mede2.trainer.stopping import MARGIN_S
+
 ELICIT, ENHANCE = 1, 2
 STAGE_NAMES = {ELICIT: "Stage I (elicit)", ENHANCE: "Stage II (enhance)"}
 OF_ADAPTERS = (
@@ -94,12 +97,30 @@ class Settings:
     seed: int = _setting(
         0, "Seed of the data order and of every random number generator.", at_least=0, at_most=2**63 - 1
     )
+    hang_minutes: float = _setting(
+        15.0,
+        "A rank without a sign of life (a micro-batch, an update, its data) for so long counts as hung: its stacks go "
+        "into the log and the run ends with 1. Loading, checking, saving and exporting may take two hours.",
+        above=0,
+        harmless=True,
+    )
+    pace_every: int = _setting(
+        50, "Compare the speed of the ranks every so many updates and name a slow one (0: never).",
+        at_least=0, harmless=True,
+    )  # fmt: skip
     save_every: int = _setting(0, "Checkpoint every so many updates (0: only at the end).", at_least=0, harmless=True)
     keep_checkpoints: int = _setting(3, "Newest checkpoints that are kept (0: all).", at_least=0, harmless=True)
     keep_every: int = _setting(
         0, "Checkpoints after a multiple of so many updates are kept whatever keep_checkpoints says (0: none).",
         at_least=0, harmless=True,
     )  # fmt: skip
+    stop_margin_s: float = _setting(
+        MARGIN_S,
+        "Seconds before the end of the SLURM job (SLURM_JOB_END_TIME) at which a run stops, writes a checkpoint and "
+        "asks to be requeued.",
+        at_least=0,
+        harmless=True,
+    )
     eval_every: int = _setting(0, "Evaluate every so many updates (0: only at the end).", at_least=0, harmless=True)
     resume: str = _setting(
         "auto",
@@ -147,6 +168,12 @@ class Settings:
         stage=ENHANCE,
         harmless=True,
     )
+    cache_image_features: bool = _setting(
+        True,
+        "Run a frozen vision tower once for each image and keep what it says in reference_cache, instead of running it "
+        "in every step.",
+        harmless=True,
+    )
     optimizer: str = _setting(
         "adamw",
         "adamw: torch; adamw_8bit: bitsandbytes; paged_adamw_8bit: the same, its state moving to host memory when the "
@@ -158,6 +185,17 @@ class Settings:
     adam_epsilon: float = _setting(1e-8, "Adam's epsilon.", above=0)
     weight_decay: float = _setting(0.0, "Decoupled weight decay; norms and biases are exempt.", at_least=0)
     max_grad_norm: float = _setting(1.0, "Gradient norm above which gradients are scaled down (0: never).", at_least=0)
+    on_non_finite: str = _setting(
+        "stop",
+        "A loss or gradient that is not finite. stop: end the run before the update; skip: leave the update out and "
+        "name its rows.",
+        choices=("stop", "skip"),
+        harmless=True,
+    )
+    max_skipped: int = _setting(
+        10, "Updates that on_non_finite=skip may leave out in all before the run ends after all.",
+        at_least=0, harmless=True,
+    )  # fmt: skip
     scheduler: str = _setting("cosine", "Learning rate after the warm-up.", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = _setting(
         0.05, "Share of the updates in which the learning rate rises.", at_least=0, at_most=1
@@ -318,6 +356,8 @@ def _check_value(item, value) -> None:
     if rules["choices"] and (unknown := [repr(name) for name in names if name not in rules["choices"]]):
         raise ValueError(f"{item.name}: {', '.join(unknown)} is not one of {', '.join(rules['choices'])}")
     for where, part in _parts(item.name, value):
+        if isinstance(part, str) and has_credentials(part):
+            raise ValueError(f"{where}: an address with a user or password in it; settings are told and written")
         if isinstance(part, float) and not math.isfinite(part):
             raise ValueError(f"{where}: {part} is not a finite number")
         for rule, holds, words in (
@@ -350,7 +390,8 @@ class BatchArithmetic:
         if self.global_batch_size % per_forward:
             raise ValueError(
                 f"global_batch_size: {self.global_batch_size} is not micro_batch_size {self.micro_batch_size} x "
-                f"accumulation x {self.world_size} ranks; choose a multiple of {per_forward}"
+                f"accumulation x {self.world_size} ranks; choose a multiple of {per_forward} (a run that continues "
+                "keeps its global batch: choose another micro_batch_size or number of ranks)"
             )
 
     @property

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
+from mede2.trainer.stopping import ASKED_BY, StopRequested, watcher
+
 Result = TypeVar("Result")
 
 
@@ -62,16 +64,38 @@ class World:
     def barrier(self) -> None:
         torch.distributed.barrier()
 
-    def leave(self) -> None:
-        """End the group, the last thing that its ranks do together. A process that ends without it now and then aborts
-        in the group's own threads."""
-        torch.distributed.destroy_process_group()
+    def asked_to_stop(self) -> str | None:
+        """Who asked any of the ranks to stop, or None. All ranks call it, and hear the same."""
+        asked = torch.tensor(watcher.asked, device=self.device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        index = int(asked)
+        return ASKED_BY[index] if index else None
+
+    def stop_if_asked(self, where: str) -> None:
+        """Raise StopRequested on every rank if any of them was asked to stop. All ranks call it, where nothing that
+        was done would be lost; `where` says so to people."""
+        if who := self.asked_to_stop():
+            raise StopRequested(f"stopped by {who} {where}")
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        """End the group, the last thing that its ranks do together: a process that ends without it now and then aborts
+        in the group's own threads. After an error the others may not get here, and the process just exits."""
+        if kind is None or kind is StopRequested:
+            self.barrier()  # launchers end all ranks as soon as one exits with anything but 0
+            torch.distributed.destroy_process_group()
 
 
-def join_world(timeout_minutes: int = 30) -> World:
+def join_world(timeout_minutes: float = 30) -> World:
     """Join the ranks that the launcher started (`deepspeed`, `torchrun`, SLURM), or be the only one.
 
     DeepSpeed reads the same environment; a process started by plain python gets it filled in here.
+
+    Args:
+        timeout_minutes: longest wait for the others in a collective. Then gloo raises, and NCCL's own thread ends the
+            process, whatever it waits in.
     """
     rank, size = int(os.environ.setdefault("RANK", "0")), int(os.environ.setdefault("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))

@@ -14,7 +14,7 @@ import smears
 from eyes import Batch, learn_to_see
 from PIL import Image
 from smears import FIELDS, OPTIONS, Smear
-from two_stages import Row, report, score, train_models, turns, write_rows
+from two_stages import Row, copied, report, score, train_models, turns, write_rows
 
 VOCABULARY = 512
 LICENSE = "MIT"  # of BCCD's images, (c) 2017 shenggan
@@ -41,7 +41,7 @@ def main(
     if development:
         train, scored = smears.split_images(train, development, seed)
     click.echo(f"{len(train)} images to train on, {len(scored)} to score on")
-    write_rows(folder / "cases.jsonl", cases(scored))
+    write_rows(folder / "cases.jsonl", cases(scored, folder))
     write_rows(folder / "words.jsonl", words(train, 32 * word_steps, seed))
     write_rows(folder / "views.jsonl", transcripts(train, num_views, folder, seed))
     write_rows(folder / "demos.jsonl", demonstrations(train, num_demos, seed))
@@ -73,15 +73,16 @@ def build(folder: Path, train: Sequence[Smear], seed: int) -> None:
     build_base(folder, seed, texts=texts, vocabulary=VOCABULARY, pixels=(pixels, pixels), merge=smears.MERGE)
 
 
-def cases(scored: Sequence[Smear]) -> Iterator[Row]:
-    """Every question on these smears, the images as they are."""
-    for smear in scored:
+def cases(scored: Sequence[Smear], folder: Path) -> Iterator[Row]:
+    """Every question on these smears, the images as they are, copied to `folder`."""
+    for index, smear in enumerate(scored):
+        image = copied(smear.image, folder, index)
         for task, row in smear.rows.items():
             told = smears.places(smear.cells)
             yield {
                 "id": row["id"],
                 "prompt": [{"role": "user", "content": shown(task)}],
-                "images": [str(smear.image.resolve())],
+                "images": [image],
                 "answer": row["answer_text"],
                 "options": list(OPTIONS[task]),
                 "explanation": smears.chain(task, told).partition("</think>")[0].removeprefix("<think>"),

@@ -15,7 +15,7 @@ import click
 import numpy as np
 from eyes import Batch, learn_to_see
 from PIL import Image
-from two_stages import Row, report, score, train_models, turns, write_rows
+from two_stages import Row, copied, report, score, train_models, turns, write_rows
 
 from mede2.trainer.questions.rows import read_rows
 
@@ -51,7 +51,7 @@ def main(
     rows = [row for _, row in read_rows(path, ("id", "images", "answer_text"))]
     order = np.random.default_rng([seed, 0]).permutation(len(rows))
     scored, films = [rows[i] for i in sorted(order[:num_heldout])], [rows[i] for i in sorted(order[num_heldout:])]
-    write_rows(folder / "cases.jsonl", cases(scored, path.parent))
+    write_rows(folder / "cases.jsonl", cases(scored, path.parent, folder))
     write_rows(folder / "words.jsonl", words(num_words, seed))
     write_rows(folder / "views.jsonl", transcripts(films, num_views, folder, path.parent, seed))
     write_rows(folder / "demos.jsonl", demonstrations(num_demos, seed))
@@ -84,14 +84,14 @@ def told(seen: str, rng: np.random.Generator) -> str:
     return str(rng.choice([f"The report names {seen}.", f"The film shows {seen}.", f"There are {seen}."]))
 
 
-def cases(films: Sequence[Row], folder: Path) -> Iterator[Row]:
-    """Each film with its question."""
-    for film in films:
+def cases(films: Sequence[Row], source: Path, folder: Path) -> Iterator[Row]:
+    """Each film with its question, the images copied from `source` to `folder`."""
+    for index, film in enumerate(films):
         answer = film["answer_text"]
         yield {
             "id": film["id"],
             "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked()}]}],
-            "images": [str((folder / film["images"][0]).resolve())],
+            "images": [copied(source / film["images"][0], folder, index)],
             "answer": answer,
             "options": list(OPTIONS),
             "meta": {"task": TASK, "look": LUNGS[answer], "modality": "X-ray", "license": LICENSE},

@@ -33,7 +33,7 @@ def learn_to_see(
         num_steps: updates.
     """
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(source)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, use_safetensors=True)
     tokenizer, processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
     width = model.config.text_config.hidden_size
     what, where = torch.nn.Linear(width, num_classes), torch.nn.Linear(width, num_tokens)

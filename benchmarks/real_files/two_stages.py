@@ -74,6 +74,14 @@ def turns(asked: str | list, written: str) -> list[Row]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": written}]
 
 
+def copied(image: Path, folder: Path, index: int) -> str:
+    """Copy an image beside the records, which may name none from elsewhere; its path relative to them."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    name = f"images/{index:05d}{image.suffix}"
+    shutil.copyfile(image, folder / name)
+    return name
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a jsonl file."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,8 +47,8 @@ def test_the_last_line_holds_ours_over_trls(smallest):
 
 def test_a_row_adds_up(smallest):
     row = {name: float(value) for name, value in smallest[1]["ours"].items() if _is_number(value)}
-    pair_ms = row["step_ms"] / row["global_batch_size"] + row["reference_ms_per_pair"] / row["epochs"]
-    assert row["reference_ms_per_pair"] > 0
+    pair_ms = row["step_ms"] / row["global_batch_size"] + row["once_ms_per_pair"] / row["epochs"]
+    assert row["once_ms_per_pair"] > 0
     assert row["pairs_per_s"] == pytest.approx(1e3 / pair_ms)
     assert row["tokens_per_s"] == pytest.approx(row["pairs_per_s"] * 2 * (row["prompt_tokens"] + row["answer_tokens"]))
     assert row["mfu"] == pytest.approx(row["mfu_vision"] + row["mfu_language"] + row["mfu_reference"])

@@ -85,7 +85,7 @@ def test_other_settings_in_the_same_output_are_refused_by_name(stage1, records, 
         "python", "launch/stage1.py", "--ds", DS, "--train", records["stage1"], "--output", str(stage1), *SMALL,
         "--seed", "3", check=False,
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "seed: 0 there, 3 now" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-RUNS = {1: ("stage1", "stage2"), 2: ("stage1", "stage2", "stage2_cached", "stage2_reference", "stage2_simpo")}
+RUNS = {
+    1: ("stage1", "stage2"),
+    2: ("stage1", "stage2", "stage2_cached", "stage2_pixels", "stage2_reference", "stage2_simpo"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +75,15 @@ def test_an_objective_without_reference_computes_none(folders):
     assert first["rewards/chosen"] < 0
     assert first["loss"] == pytest.approx(first["loss/simpo"] + 0.5 * first["loss/nll"])
     assert "eval/loss/simpo" in first
-    assert not (folder.parent / "reference_cache").exists()
+    assert [path.suffix for path in (folder.parent / "reference_cache").iterdir()] == [".image_features"]
+
+
+def test_cached_image_features_change_no_update(folders):
+    cached, pixels = (rows(folders[2][name]) for name in ("stage2_cached", "stage2_pixels"))
+    assert len(cached) == len(pixels) == 4
+    for of_cached, of_pixels in zip(cached, pixels, strict=True):
+        for metric in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert of_cached[metric] == pytest.approx(of_pixels[metric], rel=1e-5, abs=1e-6), metric
 
 
 def test_the_exported_model_of_two_ranks_reaches_the_held_out_loss(folders, plain, records):

@@ -27,7 +27,7 @@ def two(launch, models, records, reference_logps, folders) -> list[dict]:
 @pytest.fixture(scope="session")
 def one(two, launch, models, records, reference_logps, folders) -> dict:
     job = {"models": models, "records": records, "reference": reference_logps, **folders}
-    return launch("training", 1, scenarios=["resume_elsewhere", "reference_cache", "out_of_memory"], **job)[0]
+    return launch("training", 1, scenarios=["reference_cache", "out_of_memory"], **job)[0]
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +73,10 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_row(two, recor
 
 
 @pytest.mark.parametrize("case", ["gradient_inf_z3", "gradient_nan_z3_bf16", "gradient_nan_z2", "gradient_nan_z2_bf16"])
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_every_rank_and_updates_nothing(two, case):
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_every_rank_and_updates_nothing(two, records, case):
+    rows = ", ".join(f"{records['pairs']}:{line}" for line in (5, 6, 7))  # of the whole global batch
     for results in two:
-        assert "gradient norm is not finite" in results[case]["message"]
+        assert results[case]["message"] == f"step 2: the gradient norm is not finite; rows: {rows}"
     assert two[0][case]["num_weights"] > 50
     assert two[0][case]["weights_kept"]
 
@@ -131,10 +132,6 @@ def test_a_checkpoint_that_has_no_room_is_not_begun(two):
     for results in two:
         assert "GiB free and a checkpoint takes" in results["saved"]["full"]
         assert 0 < results["saved"]["least"] < results["saved"]["num_bytes"]
-
-
-def test_a_checkpoint_of_another_number_of_ranks_is_refused(one):
-    assert "was written by 2 ranks and cannot be continued by 1" in one["resume_elsewhere"]
 
 
 @pytest.mark.parametrize(("model", "zero"), EXPORTS)

@@ -151,7 +151,7 @@ def test_a_mistake_is_one_line(evaluate, shades, tmp_path, changes, told):
     model = [] if "--model" in changes else ["--model", "base=runs/none"]
     benchmark = [] if "--benchmark" in changes else ["--benchmark", f"cases={shades}"]
     done = evaluate("run", *model, *benchmark, "--output", str(tmp_path / "out"), *changes)
-    assert done.returncode == 1, done.stdout
+    assert done.returncode == 2, done.stdout
     assert done.stdout.count("Error: ") == 1
     assert told in done.stdout
     assert "Traceback" not in done.stdout

@@ -156,8 +156,10 @@ def test_images_alike(warned, film, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["up.png", "absolute.png", "link.png"])
-def test_images_outside_the_folder_are_read_and_told(warned, film, tmp_path, name):
-    """Converters write absolute paths, and files of rows lie beside a folder of images: no error."""
+def test_images_outside_the_folder_are_told_where_they_may_be_read(monkeypatch, film, tmp_path, name):
+    """Converters write absolute paths, and files of rows lie beside a folder of images: no error where the environment
+    names it."""
+    monkeypatch.setenv("MEDE2_IMAGE_ROOT", str(tmp_path))
     (tmp_path / "rows").mkdir()
     image = tmp_path / film("a.png")
     (tmp_path / "rows" / "link.png").symlink_to(image)

@@ -219,7 +219,8 @@ def test_lengths_in_tokens_of_a_model(run):
     assert "control token <|im_end|>" in left_out[1]["detail"]
 
 
-def test_images_are_found_from_the_new_folder(run, write_image, load, tmp_path):
+def test_images_are_found_from_the_new_folder(run, write_image, load, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDE2_IMAGE_ROOT", str(tmp_path))
     (tmp_path / "in" / "images").mkdir(parents=True)
     write_image(tmp_path / "in" / "images" / "a.png")
     _, (taken,), left_out = run([case(prompt=IMAGE, images=["images/a.png"])], "--with-images")
@@ -237,8 +238,9 @@ def test_a_missing_image_leaves_the_row_out(run):
     assert [(found["reason"], "no such file" in found["detail"]) for found in left_out] == [("unusable", True)]
 
 
-def test_the_demo(demo_cases, tmp_path):
+def test_the_demo(demo_cases, tmp_path, monkeypatch):
     """Cases with pictures, and records of Stage I; what is written passes `check`."""
+    monkeypatch.setenv("MEDE2_IMAGE_ROOT", str(demo_cases.parent))
     records = write_stage1(tmp_path / "records", 40, seed=3)
     output = tmp_path / "taken.jsonl"
     arguments = ("--output", str(output), "--number", "24", "--model", str(BASE_MODEL), "--with-images")

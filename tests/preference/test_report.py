@@ -250,12 +250,13 @@ def test_from_answers_to_a_report(pairs, demo_cases, tmp_path, write_rows):
             for n, text in enumerate(texts)
         ]
     given = ("--cases", str(demo_cases), "--samples", str(write_rows(tmp_path / "samples.jsonl", samples)))
+    images_elsewhere = {"MEDE2_IMAGE_ROOT": str(demo_cases.parent)}
     judged, paired = tmp_path / "judgements.jsonl", tmp_path / "pairs.jsonl"
     for arguments in (
         ("judge", *given, "--output", str(judged)),
         ("select", *given, "--judgements", str(judged), "--output", str(paired)),
     ):
-        done = pairs(*arguments)
+        done = pairs(*arguments, **images_elsewhere)
         assert done.returncode == 0, done.stdout
     labels = [
         {"case": one["case"], "sample": one["sample"], "rater": "Ada", "scores": {"reflection": 4}} for one in samples
@@ -263,7 +264,7 @@ def test_from_answers_to_a_report(pairs, demo_cases, tmp_path, write_rows):
     done = pairs(
         "report", *given, "--judgements", str(judged), "--pairs", str(paired),
         "--human", str(write_rows(tmp_path / "human.jsonl", labels)),
-        "--output", str(tmp_path / "report.html"), "--json", str(tmp_path / "report.json"),
+        "--output", str(tmp_path / "report.html"), "--json", str(tmp_path / "report.json"), **images_elsewhere,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "Rule-based checks" in done.stdout

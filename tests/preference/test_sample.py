@@ -148,7 +148,7 @@ def test_images_stay_here_unless_they_may_leave(pairs, chat_server, demo_cases, 
     url = f"http://0.0.0.0:{server.port}/v1"
     arguments = asked(demo_cases, tmp_path / "samples.jsonl", url, "--num", "1")
     done = pairs(*arguments)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout.startswith(f"Error: --base-url {url}: 12 images")
     assert done.stdout.count("\n") == 1
     assert not server.requests

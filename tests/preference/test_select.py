@@ -235,13 +235,23 @@ def judged_files(demo_cases, tmp_path, write_rows):
     return write_rows(tmp_path / "samples.jsonl", samples), write_rows(tmp_path / "judgements.jsonl", judgements)
 
 
-def test_the_command_writes_what_stage_two_reads(pairs, demo_cases, judged_files, tmp_path):
+@pytest.fixture
+def images_elsewhere(demo_cases, monkeypatch):
+    """Rows may name the images of the cases, which lie in another folder than what is written; as environment."""
+    monkeypatch.setenv("MEDE2_IMAGE_ROOT", str(demo_cases.parent))
+    return {"MEDE2_IMAGE_ROOT": str(demo_cases.parent)}
+
+
+def test_the_command_writes_what_stage_two_reads(pairs, demo_cases, judged_files, images_elsewhere, tmp_path):
     samples, judgements = judged_files
     output = tmp_path / "out" / "pairs.jsonl"
     policy = tmp_path / "policy.yaml"
     policy.write_text("hard_share: 0.5\nseed: 3\n", encoding="utf-8")
     arguments = ("select", "--cases", demo_cases, "--samples", samples, "--judgements", judgements, "--output", output)
-    done = pairs(*map(str, arguments), "--policy", str(policy), "--set", "length_ratio=2")
+    refused = pairs(*map(str, arguments))
+    assert refused.returncode != 0
+    assert "leads out of" in refused.stdout
+    done = pairs(*map(str, arguments), "--policy", str(policy), "--set", "length_ratio=2", **images_elsewhere)
     assert done.returncode == 0, done.stdout
     assert "24 pairs (12 hard, 12 wrong)" in done.stdout
 
@@ -262,16 +272,16 @@ def test_the_command_writes_what_stage_two_reads(pairs, demo_cases, judged_files
     assert (tmp_path / "out" / "pairs.left_out.jsonl").read_text() == ""
 
     first = output.read_bytes()
-    pairs(*map(str, arguments), "--policy", str(policy), "--set", "length_ratio=2")
+    pairs(*map(str, arguments), "--policy", str(policy), "--set", "length_ratio=2", **images_elsewhere)
     assert output.read_bytes() == first
 
 
-def test_the_command_corrupts_along_named_criteria(pairs, demo_cases, judged_files, tmp_path):
+def test_the_command_corrupts_along_named_criteria(pairs, demo_cases, judged_files, images_elsewhere, tmp_path):
     samples, judgements = judged_files
     output = tmp_path / "corrupted.jsonl"
     done = pairs(
         "corrupt", "--cases", str(demo_cases), "--samples", str(samples), "--judgements", str(judgements),
-        "--output", str(output), "--set", "pairs_per_case=5",
+        "--output", str(output), "--set", "pairs_per_case=5", **images_elsewhere,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     records = list(read_records((str(output),), ENHANCE))
@@ -284,7 +294,7 @@ def test_the_command_corrupts_along_named_criteria(pairs, demo_cases, judged_fil
         assert record.meta["scores"]["rejected"] is None
 
 
-def test_corruptions_keep_to_pairs_per_case_and_say_what_was_left(demo_cases, tmp_path):
+def test_corruptions_keep_to_pairs_per_case_and_say_what_was_left(demo_cases, images_elsewhere, tmp_path):
     cases = {case.id: case for case in read_cases(demo_cases)}
     answers = {
         name: [scored(0, True, (5, 5, 5, 5), case=name, text=chain(make_case(case.meta["seed"])))]
@@ -314,7 +324,7 @@ def test_rows_of_unknown_answers_are_refused(pairs, demo_cases, judged_files, tm
         "select", "--cases", str(demo_cases), "--samples", str(file), "--judgements", str(judgements),
         "--output", str(tmp_path / "never.jsonl"),
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout.startswith("Error: ")
     assert "Traceback" not in done.stdout
     assert not (tmp_path / "never.jsonl").exists()

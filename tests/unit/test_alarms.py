@@ -162,3 +162,18 @@ def test_a_continued_run_hears_what_an_undisturbed_one_hears(stopped, tmp_path, 
     continued, said_continued = write(tmp_path / "continued", [(0, stopped + 5), (stopped, STEPS)])
     assert json.dumps(continued) == json.dumps(whole)
     assert said_continued == said
+
+
+def test_an_update_that_was_left_out_neither_sounds_an_alarm_nor_ends_one():
+    """Its row has no grad_norm, nor what else was not finite."""
+    rows = honest()
+    gradient_spike(rows)
+    left_out = {"step": 0, "num_skipped": 1, "learning_rate": 1e-5, "num_tokens": 30}
+    alarms, marks = Alarms(), []
+    for row in rows:
+        assert alarms(left_out)[0] == {}
+        starting, mark = alarms(row)
+        marks.append((starting, mark, alarms(left_out)))
+    alone = Alarms()
+    assert [(starting, mark) for starting, mark, _ in marks] == [alone(row) for row in rows]
+    assert marks[START][2] == ({}, {"alarms/gradient_spike": 1.0})

@@ -169,6 +169,15 @@ def test_a_corrupted_image_costs_a_third_answer():
     assert more.memory.activations > 1.5 * plain.memory.activations
 
 
+def test_a_frozen_tower_runs_once_for_all_steps():
+    kept = make_plan(stage("Qwen2.5-VL-3B-Instruct", "h100:8", "z3.json"))
+    each = make_plan(stage("Qwen2.5-VL-3B-Instruct", "h100:8", "z3.json", cache_image_features=False))
+    assert kept.hours["image features"] > 0 == each.hours["image features"]
+    assert kept.timing.products_s < each.timing.products_s
+    trained = make_plan(stage("Qwen2.5-VL-3B-Instruct", "h100:8", "z3.json", train_merger=True))
+    assert trained.hours["image features"] == 0
+
+
 def test_attention_that_is_not_planned_for_is_refused():
     with pytest.raises(ValueError, match="attention: eager keeps the scores"):
         make_plan(stage("Qwen2.5-VL-3B-Instruct", "h100:8", "z3.json", attention="eager"))

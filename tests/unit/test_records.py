@@ -32,7 +32,7 @@ def test_pair_shares_its_prompt():
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]},
     ]
     row = {
-        "prompt": prompt, "images": ["a.png", "/elsewhere/b.png"],
+        "prompt": prompt, "images": ["a.png", "/data/films/b.png"],
         "chosen": [{"role": "assistant", "content": "mass"}], "rejected": [{"role": "assistant", "content": "clear"}],
         "id": "case-7",
     }  # fmt: skip
@@ -42,7 +42,7 @@ def test_pair_shares_its_prompt():
     assert chosen[:2] == rejected[:2]
     assert (chosen[2]["content"][0]["text"], rejected[2]["content"][0]["text"]) == ("mass", "clear")
     assert record.num_prompt_messages == 2
-    assert record.images == (Path("/data/a.png"), Path("/elsewhere/b.png")), "relative paths start at the file's folder"
+    assert record.images == (Path("/data/a.png"), Path("/data/films/b.png")), "relative ones start at its folder"
 
 
 @pytest.mark.parametrize("extra", [{"meta": None}, {"images": []}, {"images": None}, {"id": None}])

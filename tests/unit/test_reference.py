@@ -13,6 +13,7 @@ from mede2.trainer.data.layout import Layout
 from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.sampler import Sampler
 from mede2.trainer.settings import ENHANCE, BatchArithmetic
+from mede2.trainer.stopping import StopRequested
 
 COMPONENTS = {"weights": "a1", "records": "b2", "dtype": "torch.float32"}
 
@@ -48,6 +49,57 @@ def test_values_lie_in_the_order_of_the_rows_and_are_found_again(batches, tmp_pa
     assert found.dtype == torch.float64
     assert torch.equal(found, values)
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"], "a partial file was left"
+
+
+@pytest.fixture
+def asked_after(world, monkeypatch):
+    """`asked_after(n)`: the pass is asked to stop after the n-th step from now on."""
+
+    def arrange(num_steps: int) -> None:
+        answers = iter([None] * (num_steps - 1) + ["SIGTERM"])
+        monkeypatch.setattr(type(world), "asked_to_stop", lambda self: next(answers, None))
+
+    return arrange
+
+
+def test_a_stopped_pass_goes_on_with_the_steps_that_are_left(batches, tmp_path, asked_after):
+    """Of its two steps the second is computed, and gives what one pass gives; nothing unfinished is left."""
+    whole = compute(batches, tmp_path / "whole")
+    asked_after(1)
+    with pytest.raises(StopRequested, match=r"^stopped by SIGTERM in the reference pass, after step 1 of 2$"):
+        compute(batches, tmp_path / "stopped")
+    assert [path.suffixes for path in (tmp_path / "stopped").iterdir()] == [[".unfinished", ".safetensors"]]
+    assert reference.read_cache(tmp_path / "stopped", COMPONENTS, 7) is None
+
+    answered: list[int] = []
+
+    def logps_of_row(index: int, side: int) -> float:
+        answered.append(index)
+        return -(10.0 * index + side) - 1 / 3
+
+    values = compute(batches, tmp_path / "stopped", logps_of_row=logps_of_row)
+    assert set(answered) == set(batches.sampler.global_batch(1))
+    assert torch.equal(values, whole)
+    assert [path.suffixes for path in (tmp_path / "stopped").iterdir()] == [[".safetensors"]]
+
+
+def test_a_pass_stopped_after_its_last_step_has_nothing_left_to_compute(batches, tmp_path, asked_after):
+    asked_after(2)
+    with pytest.raises(StopRequested, match="after step 2 of 2"):
+        compute(batches, tmp_path)
+    values = compute(batches, tmp_path, logps_of_row=lambda index, side: float("nan"))
+    assert values[:, 1].tolist() == [-(10.0 * row + 1) - 1 / 3 for row in range(7)]
+
+
+def test_what_an_unfinished_pass_left_of_something_else_is_refused(batches, tmp_path, asked_after):
+    asked_after(1)
+    with pytest.raises(StopRequested):
+        compute(batches, tmp_path)
+    (left,) = tmp_path.iterdir()
+    others = COMPONENTS | {"weights": "c3"}
+    left.rename(reference.cache_path(tmp_path, others).with_suffix(".unfinished.safetensors"))
+    with pytest.raises(ValueError, match="made from another weights; delete it"):
+        reference.compute(engine(batches.world), batches, tmp_path, others, lambda done, total: None)
 
 
 def test_nothing_cached_is_none(tmp_path):

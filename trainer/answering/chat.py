@@ -23,6 +23,8 @@ from mede2.trainer.answering.progress import Progress
 from mede2.trainer.data.images import Window, load_image
 from mede2.trainer.data.records import Message
 from mede2.trainer.questions.rows import Row, tell
+from mede2.trainer.redaction import has_credentials, without_secrets
+from mede2.trainer.stopping import watcher
 
 BAD_QUESTION = (400, 413, 422)  # the server understood and will not answer this one; others it may
 MOST_REFUSED = 20  # as many refusals mean that the settings are wrong, not the questions
@@ -55,7 +57,12 @@ class Reply:
 
 
 def check_address(base_url: str) -> None:
-    """Raise ValueError unless this can be the address of a server."""
+    """Raise ValueError unless this can be the address of a server, with nothing secret in it."""
+    if has_credentials(base_url) or "?" in base_url:
+        raise ValueError(
+            f"--base-url {without_secrets(base_url).partition('?')[0]!r}: an address without user, password or query, "
+            "for it is told and written; a key is read from the environment variable that --api-key-variable names"
+        )
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
@@ -191,8 +198,8 @@ async def ask_all(
 ) -> None:
     """Do every job whose key is not in the journal, `concurrency` of them at a time, and journal each as it ends.
 
-    When something fails that would fail again, no further job is begun, those under way end and are journalled, and
-    then it is raised: nothing that was paid for is thrown away.
+    When something fails that would fail again, or this process is asked to stop, no further job is begun, those under
+    way end and are journalled, and then it is raised: nothing that was paid for is thrown away.
 
     Args:
         jobs: by key, the hash of all that the result depends on.
@@ -203,6 +210,7 @@ async def ask_all(
 
     Raises:
         ValueError: as `ask` raised it; or the list of jobs that were refused, when all else is done.
+        StopRequested: the journal holds what was done.
     """
     waiting = iter([key for key in jobs if key not in journal])
     refused: list[Refused] = []
@@ -210,7 +218,7 @@ async def ask_all(
 
     async def work(progress: Progress) -> None:
         for key in waiting:
-            if failed or len(refused) >= MOST_REFUSED:
+            if failed or watcher.asked or len(refused) >= MOST_REFUSED:
                 return
             try:
                 row = await ask(jobs[key])
@@ -226,6 +234,7 @@ async def ask_all(
         await asyncio.gather(*(work(progress) for _ in range(concurrency)))
     if failed:
         raise failed[0]
+    watcher.stop_alone(f"after {sum(key in journal for key in jobs)} of {len(jobs)} {title}")
     if refused:
         raise tell(f"{title}: {len(refused)} were refused; what was answered is kept:", refused)
 
@@ -271,4 +280,4 @@ def _reply(completion: Any, where: str) -> Reply:
 
 
 def _brief(text: str) -> str:
-    return " ".join(text.split())[:200]
+    return " ".join(without_secrets(text).split())[:200]

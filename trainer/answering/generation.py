@@ -49,7 +49,7 @@ class Generator:
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device | str, max_pixels: int | None = None):
         self.processor = load_processor(folder, max_pixels)
         self.processor.tokenizer.padding_side = "left"  # the answers of a batch start in the same column
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         self.model = model.to(device).eval()
         tokenizer, ends = self.processor.tokenizer, model.generation_config.eos_token_id
         self.ends = [tokenizer.eos_token_id] if ends is None else ends if isinstance(ends, list) else [ends]

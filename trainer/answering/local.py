@@ -14,6 +14,7 @@ from mede2.trainer.data.records import Message
 from mede2.trainer.files import hash_file, hash_json, hash_weights
 from mede2.trainer.policy import quiet_transformers
 from mede2.trainer.questions.rows import Row
+from mede2.trainer.stopping import watcher
 from mede2.trainer.world import World
 
 PATIENCE_MINUTES = 7 * 24 * 60  # that ranks wait for one whose answers are longer
@@ -60,6 +61,7 @@ class LocalModel:
 
         Raises:
             ValueError: anything that a user can mend: an image, memory that is too small.
+            StopRequested: on every rank; the journals hold what was done.
         """
         keys = [job.key(settings | self.identity) for job in jobs]
         self.world.barrier()  # every rank has read what there is before any adds to it
@@ -69,9 +71,12 @@ class LocalModel:
         title = f"answers of rank 0 of {self.world.size}" if self.world.size > 1 else "answers"
         with Progress(title, total, total - num_missing, shown=self.world.is_main) as progress:
             for batch in filter(None, missing):
+                if watcher.asked:
+                    break
                 rows = self._answer([jobs[index] for index in batch], settings)
                 journal.append(*(row | {"key": keys[index]} for row, index in zip(rows, batch, strict=True)))
                 progress.advance(len(batch))
+        self.world.stop_if_asked("between two batches of answers")
         of_share = {keys[index]: journal[keys[index]] for batch in share for index in batch}
         answers = {key: row for part in self.world.gather(of_share) for key, row in part.items()}
         return [answers[key] for key in keys]

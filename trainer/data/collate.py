@@ -1,6 +1,7 @@
 """Examples to the tensors of one micro-batch: rows, positions, answer tokens, one vision call on every rank."""
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mede2.trainer.data.corruption import corrupt
 from mede2.trainer.data.encoding import Example
+from mede2.trainer.data.features import ImageFeatures
 from mede2.trainer.data.images import Window, load_image
 from mede2.trainer.data.layout import CORRUPTED, Layout, Piece
 from mede2.trainer.data.positions import Positions, continued
@@ -84,20 +86,31 @@ class Collator:
     ):  # fmt: skip
         self.processor, self.positions, self.with_images, self.layout = processor, positions, with_images, layout
         self.packed, self.corruption, self.grey_window = packed, corruption, grey_window
+        self.features: ImageFeatures | None = None
         self.pad_token_id = processor.tokenizer.pad_token_id or 0
         if with_images:
-            self.filler, self.filler_pixels = self._filler()
+            self.filler, self.filler_images = self._filler()
+
+    def with_features(self, features: ImageFeatures) -> "Collator":
+        """One whose micro-batches carry `image_features` (tokens, 1 + d, H) in place of pixels: the tower never runs,
+        and no image is decoded."""
+        collator = copy.copy(self)
+        collator.features = features
+        of_filler = int((self.filler[0] == self.processor.image_token_id).sum())
+        collator.filler_images = {"image_features": features.zeros(of_filler)}
+        return collator
 
     def __call__(self, examples: Sequence[Example], slots: list[Slot]) -> MicroBatch:
         """The micro-batch of `slots`, whose indices point into `examples`."""
         chosen = [examples[slot.index] for slot in slots]
         placed = [(number, piece) for number, example in enumerate(chosen) for piece in self.layout.pieces(example)]
         rows = [placed] if self.packed else [[piece] for piece in placed]
-        images = [image for slot in slots for image in self._images(examples, slot.index)]
-        pixels = self._process(images)[1] if images else self.filler_pixels if self.with_images else {}
-        grids = iter(pixels.get("image_grid_thw", ()))
+        images, grids = self._inputs(examples, slots)
+        has_images = bool(images)
+        if self.with_images and not has_images:
+            images = self.filler_images
         parts = [[self._tokens(piece, number, grids) for number, (_, piece) in enumerate(row, 1)] for row in rows]
-        if self.with_images and not images:
+        if self.with_images and not has_images:
             filler = self.filler.copy()
             filler[3] += parts[0][-1][3, -1] + 1  # its places go on like those of padding
             parts[0].append(filler)
@@ -107,7 +120,7 @@ class Collator:
         one_each = len(rows) == len(placed) == sum(len(piece.sequences) for _, piece in placed)
         answers = _answers(rows, len(slots), tokens.shape[2])
         return MicroBatch(
-            inputs={"input_ids": tokens[0], "position_ids": positions if len(positions) > 1 else positions[0]} | pixels,
+            inputs={"input_ids": tokens[0], "position_ids": positions if len(positions) > 1 else positions[0]} | images,
             branches=None if one_each else tokens[1:3],
             rows=torch.from_numpy(np.concatenate([rows for _, rows, _ in answers])),
             targets=torch.from_numpy(np.concatenate([targets for *_, targets in answers])),
@@ -117,6 +130,29 @@ class Collator:
             indices=tuple(slot.index for slot in slots),
             sources=tuple(example.source for example in chosen),
         )
+
+    def _inputs(self, examples: Sequence[Example], slots: list[Slot]) -> tuple[dict[str, Tensor], Iterator[Tensor]]:
+        """What the model takes for the images of these examples, and the grid of each; nothing where none has any."""
+        if self.features is None:
+            images = [image for slot in slots for image in self._images(examples, slot.index)]
+            pixels = self._process(images)[1] if images else {}
+            return pixels, iter(pixels.get("image_grid_thw", ()))
+        shown = self.shown(examples, [slot.index for slot in slots])
+        found = [self.features(index, corrupted) for index, corrupted in shown]
+        grids = (grid for _, grids in found if grids is not None for grid in grids)
+        return {"image_features": torch.cat([features for features, _ in found])} if found else {}, grids
+
+    def shown(self, examples: Sequence[Example], indices: Iterable[int]) -> list[tuple[int, bool]]:
+        """Of each piece of these examples that has images, in the order of their placeholders: the example, and whether
+        the piece shows them corrupted."""
+        return [
+            (index, CORRUPTED in piece.sides)
+            for index in indices for piece in self.layout.pieces(examples[index]) if piece.images
+        ]  # fmt: skip
+
+    def num_image_tokens(self, example: Example) -> int:
+        """Tokens of its images in one of its pieces."""
+        return int((example.sequences[0].input_ids == self.processor.image_token_id).sum())
 
     def _images(self, examples: Sequence[Example], index: int) -> list[Image.Image]:
         """The images of an example's pieces, in the order of their placeholders; each file is decoded once."""

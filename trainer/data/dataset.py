@@ -9,6 +9,7 @@ from pathlib import Path
 from mede2.trainer.data.encoding import Encoder, Example
 from mede2.trainer.data.records import BadRow, Record, read_records
 from mede2.trainer.data.remarks import Remark, Traits, compare, traits
+from mede2.trainer.stopping import watcher
 from mede2.trainer.world import World
 
 LISTED = 20  # bad rows shown in an error
@@ -89,11 +90,15 @@ def load_dataset(files: tuple[str, ...], stage: int, encoder: Encoder, on_bad_ro
 
     Raises:
         ValueError: the list of unusable rows with file, line and reason, or no usable row at all.
+        StopRequested: on every rank.
     """
     share: list[tuple[int, Example | dict[str, str], Traits | None]] = []
     for number, row in check_rows(files, stage, encoder, world.rank, world.size):
+        if watcher.asked:
+            break
         problem = row.problem and {"source": row.problem.source, "problem": row.problem.problem}
         share.append((number, row.example or problem, row.traits))
+    world.stop_if_asked(f"while the rows of {', '.join(files)} were checked")
     rows = sorted((row for part in world.gather(share) for row in part), key=lambda row: row[0])
     examples = [row for _, row, _ in rows if isinstance(row, Example)]
     bad_rows = [row for _, row, _ in rows if isinstance(row, dict)]

@@ -28,6 +28,11 @@ def _image_only(base: type) -> type:
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")  # causal throughout: packed rows and prefixes are exact
 WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+CONFIGS = (  # what can name classes in Python files that come with the model
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 
 
 def locate_model(model: str) -> Path:
@@ -35,25 +40,53 @@ def locate_model(model: str) -> Path:
 
     Raises:
         ValueError: neither a model folder nor a hub name that can be reached, or a model that cannot be trained; the
-            config.json alone tells, before any weights are fetched.
+            config.json alone tells, before any weights are fetched. Or weights that are not safetensors, or code that
+            would come with the model.
     """
     folder = Path(model)
     is_on_disk = folder.is_dir()
     if not is_on_disk:
         folder = _download(model, ["config.json"])
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file():  # beside a whole model transformers would load it too, untold
+        what = "an adapter beside the model" if (folder / "config.json").is_file() else "an adapter and no whole model"
         raise ValueError(
-            f"model: {model} holds an adapter and no whole model; merge it with peft's merge_and_unload, or continue "
-            "its last checkpoint (--resume PATH) into another --output with merge_adapter=true"
+            f"model: {model} holds {what}; merge it with peft's merge_and_unload, or continue its last checkpoint "
+            "(--resume PATH) into another --output with merge_adapter=true"
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: {model} holds no config.json, so it is no model folder")
     _check_config(model, folder / "config.json")
     if not is_on_disk:
         folder = _download(model, WANTED_FILES)
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"model: {model} holds no safetensors weights (GGUF and .bin files are not read)")
+    _refuse_code(folder)
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ValueError(
+            f"model: {model} holds no safetensors weights (GGUF and .bin files are not read), neither "
+            f"{' nor '.join(WEIGHTS)}; where you trust a .bin file, which is a pickle, transformers converts it: "
+            "AutoModelForImageTextToText.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     return folder
+
+
+def _refuse_code(folder: Path) -> None:
+    """Raise ValueError where a config names code that comes with the model: it is not run, and transformers would ask
+    on the terminal whether it may, where a job in a queue has none."""
+    for name in CONFIGS:
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # of a file that is none: whoever reads it says so
+            continue
+        if "auto_map" in _keys(config):
+            raise ValueError(
+                f"model: {folder / name} names code that comes with the model (auto_map), and such code is not run; "
+                "name the model in transformers' own form, or take auto_map out if transformers has its classes"
+            )
+
+
+def _keys(value) -> set[str]:
+    """Every key of a JSON value, however deep."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return set(value if isinstance(value, dict) else ()).union(*map(_keys, parts))
 
 
 def _download(model: str, patterns: Sequence[str]) -> Path:
@@ -106,6 +139,7 @@ def load_processor(model: Path, max_pixels: int | None = None):
             such limit or a higher lower one.
     """
     _check_config(str(model), model / "config.json")
+    _refuse_code(model)
     try:
         model_type = AutoConfig.from_pretrained(model).model_type
     except (OSError, ValueError) as error:

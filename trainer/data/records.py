@@ -1,6 +1,7 @@
 """Records: the rows of a jsonl file in the conversational form, read through `datasets` and checked one by one."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tab, line f
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # what would break up a line of a message
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux
+IMAGE_ROOT = "MEDE2_IMAGE_ROOT"  # environment variable: further folders that images may lie in, with : between
 URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
@@ -219,8 +221,12 @@ def parse_prompt(source: str, value: Any) -> tuple[Message, ...]:
     return prompt
 
 
-def parse_images(source: str, value: Any, messages: tuple[Message, ...], folder: Path) -> tuple[Path, ...]:
-    """The files of the placeholders in `messages`, or the BadRow where they do not fit."""
+def parse_images(
+    source: str, value: Any, messages: tuple[Message, ...], folder: Path, *others: Path
+) -> tuple[Path, ...]:
+    """The files of the placeholders in `messages`, or the BadRow where they do not fit, or lead out of `folder`, the
+    `others` and what MEDE2_IMAGE_ROOT names: rows from elsewhere choose no files of this machine."""
+    inside = [os.path.realpath(root) for root in (folder, *others, *_image_roots())]
     images = [] if value is None else value
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise BadRow(source, f"images: a list of paths, not {images!r:.60}")
@@ -231,6 +237,13 @@ def parse_images(source: str, value: Any, messages: tuple[Message, ...], folder:
             raise BadRow(source, f"images: the path {image!r:.60} holds a control character")
         if max(len(part.encode()) for part in image.split("/")) > LONGEST_NAME or len(image.encode()) > LONGEST_PATH:
             raise BadRow(source, f"images: the path {image!r:.60}... is longer than a path can be")
+        place = Path(os.path.realpath(folder / image))  # of a link, where it leads
+        if not any(place.is_relative_to(root) for root in inside):
+            raise BadRow(
+                source,
+                f"images: {image!r:.200} leads out of {folder}, the folder of its file; put the images there, or name "
+                f"a folder that holds them in the environment variable {IMAGE_ROOT}",
+            )
     placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
     if placeholders != len(images):
         raise BadRow(
@@ -239,6 +252,11 @@ def parse_images(source: str, value: Any, messages: tuple[Message, ...], folder:
             '{"type": "image"} stands',
         )
     return tuple(folder / image for image in images)
+
+
+def _image_roots() -> list[str]:
+    """From the environment, not from settings: a recipe that comes with the rows cannot widen it."""
+    return [root for root in os.environ.get(IMAGE_ROOT, "").split(os.pathsep) if root]
 
 
 def _messages(source: str, name: str, value: Any, first_role: str = "user") -> tuple[Message, ...]:

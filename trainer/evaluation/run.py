@@ -17,6 +17,7 @@ from mede2.trainer.evaluation.store import write_evaluation
 from mede2.trainer.questions.benchmarks import parse_benchmark
 from mede2.trainer.questions.cases import read_system
 from mede2.trainer.questions.rows import Row
+from mede2.trainer.stopping import EXIT_CODES, watcher
 
 SERVED = re.compile(r"(?P<model>.+)@(?P<url>https?://.+)")
 
@@ -33,7 +34,7 @@ launch/evaluate.py run ...` shares the answers out over ranks. A model that does
 a server, NAME=MODEL@URL."""
 
 
-@click.command("run", help=HELP, short_help=__doc__)
+@click.command("run", help=HELP, short_help=__doc__, epilog=EXIT_CODES)
 @option(
     "--model",
     "models",
@@ -77,37 +78,37 @@ def command(
     folder, window = Path(output), parse_window(grey_window)
     settings = {"max_tokens": max_tokens, "system": read_system(system), "grey_window": window}
 
+    watcher.install()
     from mede2.trainer.answering.local import PATIENCE_MINUTES
     from mede2.trainer.evaluation.page import print_summary, write_report
     from mede2.trainer.world import join_world
 
-    world = join_world(PATIENCE_MINUTES)
-    questions, about = world.on_main(lambda: read_questions(files, folder / "images", limit))
-    leaks = world.on_main(lambda: find_leaks(training, questions, window)) if training else None
-    greedy = world.on_main(lambda: greedy_questions(questions, kinds, folder / "images", seed, settings))
-    drawn = drawn_questions(questions, num_samples, seed, settings)
-    answers, identities = [], {}
-    with Journal(folder / "answers.jsonl", world.rank) as journal:
-        for name, text in named.items():
-            world.say(f"{name}: {text}")
-            model = _model(text, options, world)
-            identities[name] = {"model": text} | model.identity
-            answers += ask(name, model, greedy, settings | {"temperature": 0.0, "top_p": 1.0}, journal)
-            if drawn:
-                answers += ask(name, model, drawn, settings | {"temperature": temperature, "top_p": top_p}, journal)
+    with join_world(PATIENCE_MINUTES) as world:
+        questions, about = world.on_main(lambda: read_questions(files, folder / "images", limit))
+        leaks = world.on_main(lambda: find_leaks(training, questions, window)) if training else None
+        greedy = world.on_main(lambda: greedy_questions(questions, kinds, folder / "images", seed, settings))
+        drawn = drawn_questions(questions, num_samples, seed, settings)
+        answers, identities = [], {}
+        with Journal(folder / "answers.jsonl", world.rank) as journal:
+            for name, text in named.items():
+                world.say(f"{name}: {text}")
+                model = _model(text, options, world)
+                identities[name] = {"model": text} | model.identity
+                answers += ask(name, model, greedy, settings | {"temperature": 0.0, "top_p": 1.0}, journal)
+                if drawn:
+                    answers += ask(name, model, drawn, settings | {"temperature": temperature, "top_p": top_p}, journal)
 
-    def tell() -> None:
-        told = settings | {"models": identities, "benchmarks": about, "probes": list(kinds), "samples": num_samples}
-        told |= {"temperature of samples": temperature, "top_p": top_p, "seed": seed} if num_samples else {}
-        told |= {"versions": {name: version(name) for name in ("mede2", "torch", "transformers")}}
-        evaluation = Evaluation(tuple(named), questions, answers, told)
-        write_evaluation(evaluation, leaks, folder)
-        summary = write_report(evaluation, folder, leaks, redact=redact, num_shown=num_shown, grey_window=window)
-        print_summary(summary)
-        click.echo(f"{folder / 'report.html'}")
+        def tell() -> None:
+            told = settings | {"models": identities, "benchmarks": about, "probes": list(kinds), "samples": num_samples}
+            told |= {"temperature of samples": temperature, "top_p": top_p, "seed": seed} if num_samples else {}
+            told |= {"versions": {name: version(name) for name in ("mede2", "torch", "transformers")}}
+            evaluation = Evaluation(tuple(named), questions, answers, told)
+            write_evaluation(evaluation, leaks, folder)
+            summary = write_report(evaluation, folder, leaks, redact=redact, num_shown=num_shown, grey_window=window)
+            print_summary(summary)
+            click.echo(f"{folder / 'report.html'}")
 
-    world.on_main(tell)
-    world.leave()
+        world.on_main(tell)
 
 
 def parse_models(models: Sequence[str]) -> dict[str, str]:
@@ -119,6 +120,10 @@ def parse_models(models: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--model {text}: NAME=FOLDER or NAME=MODEL@URL, such as base=Qwen/Qwen2.5-VL-7B-Instruct")
         if name in named:
             raise ValueError(f"--model {text}: {name!r} is the name of {named[name]} already; give each its own")
+        if served := SERVED.fullmatch(model):
+            from mede2.trainer.answering.chat import check_address
+
+            check_address(served["url"])
         named[name] = model
     return named
 

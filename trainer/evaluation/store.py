@@ -6,11 +6,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from mede2.trainer.evaluation.answered import Answered, Evaluation
-from mede2.trainer.files import hash_json, write_json
+from mede2.trainer.files import hash_file, hash_json, write_json
 from mede2.trainer.questions.cases import Case
 from mede2.trainer.questions.rows import Row, read_rows, write_rows
 
-WANTED = ("benchmark", "id", "prompt", "images", "answer", "options", "explanation", "meta")
+WANTED = ("benchmark", "id", "prompt", "images", "image_hashes", "answer", "options", "explanation", "meta")
 ALIKE = ("max_tokens", "system", "grey_window", "probes", "samples", "temperature of samples", "top_p", "seed")
 QUESTIONS, ANSWERS, ABOUT = "questions.jsonl", "answers.jsonl", "evaluation.json"
 
@@ -36,7 +36,8 @@ def read_evaluation(folder: Path) -> tuple[Evaluation, list[Row] | None]:
     """What `write_evaluation` wrote: the evaluation and its leaks.
 
     Raises:
-        ValueError: a folder without a whole evaluation in it, or a row that is none of it.
+        ValueError: a folder without a whole evaluation in it, a row that is none of it, or an image that has changed
+            since (one that is gone is told in the report).
     """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
@@ -45,6 +46,9 @@ def read_evaluation(folder: Path) -> tuple[Evaluation, list[Row] | None]:
     benchmarks: dict[str, dict[str, Case]] = {}
     for source, row in read_rows(folder / QUESTIONS, WANTED):
         prompt, images = tuple(row["prompt"]), tuple(map(Path, row["images"]))
+        for image, image_hash in zip(images, row["image_hashes"], strict=True):
+            if image.is_file() and hash_file(image) != image_hash:  # a report shows no file that was not asked about
+                raise ValueError(f"{source}: image {image} is not the one that was asked about; ask again")
         known = row["answer"], tuple(row["options"]), row["explanation"], row["meta"]
         benchmarks.setdefault(row["benchmark"], {})[row["id"]] = Case(source, row["id"], prompt, images, *known)
     names = [field.name for field in fields(Answered)]
@@ -84,6 +88,7 @@ def _row(case: Case) -> Row:
     """A case as `read_evaluation` reads it."""
     return {
         "id": case.id, "prompt": list(case.prompt), "images": [str(image.resolve()) for image in case.images],
+        "image_hashes": list(case.image_hashes),
         "answer": case.answer, "options": list(case.options), "explanation": case.explanation, "meta": case.meta,
     }  # fmt: skip
 

@@ -65,7 +65,8 @@ def _error(predicted: int, measured: int) -> float:
 def predict(case: Case, model: str, ds_configs: Path) -> Run:
     """The case as the planner sees it: from its config.json, its settings and its DeepSpeed file."""
     shape = read_shape(model)
-    settings = Settings(**{"global_batch_size": case.ranks, **case.settings}, dtype=case.dtype)
+    given = {"global_batch_size": case.ranks, "cache_image_features": False, **case.settings}  # each step has pixels
+    settings = Settings(**given, dtype=case.dtype)
     config = read_deepspeed_file(ds_configs / f"{case.zero}.json")
     lengths = Lengths(case.prompt, case.answers, case.num_patches, 1)
     return Run(

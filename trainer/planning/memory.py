@@ -130,8 +130,12 @@ def layer_working(run: Run) -> int:
 
 
 def inputs(run: Run) -> int:
-    """Bytes of a micro-batch: pixels, and whole numbers: ids, four rows of positions, those of answers."""
-    pixels = run.item * run.num_patches * run.shape.vision.in_values
+    """Bytes of a micro-batch: pixels or the features in their place, and whole numbers: ids, four rows of positions,
+    those of answers."""
+    vision = run.shape.vision
+    pixels = run.item * run.num_patches * vision.in_values
+    if not run.runs_tower:  # one more feature of each token for each of DeepStack's mergers
+        pixels = run.item * run.shape.image_tokens(run.num_patches) * vision.num_mergers * vision.out_hidden
     return pixels + INDEX * (5 * run.num_tokens + 3 * sum(sum(row.answers) for row in run.rows))
 
 

@@ -121,13 +121,15 @@ class Plan:
 
     @cached_property
     def hours(self) -> dict[str, float]:
-        """Of training, of the reference pass, of evaluations."""
+        """Of the features of images, of training, of the reference pass, of evaluations."""
         settings, data, ranks = self.stage.settings, self.stage.data, self.stage.cluster.ranks
         evaluations = self.updates // settings.eval_every if settings.eval_every else 0
         evaluations += not settings.eval_every or self.updates % settings.eval_every > 0
         reads_reference = self.stage.stage == ENHANCE and settings.needs_reference
         forward = self.timing.forward_s / 3600 / ranks
+        tower = self.timing.tower_s / 3600 / ranks
         return {
+            "image features": tower * (data.examples + data.held_out),
             "training": self.updates * self.timing.step_s / 3600,
             "reference pass": forward * (data.examples + data.held_out) * reads_reference,
             "evaluation": forward * data.held_out * evaluations,

@@ -101,6 +101,14 @@ class Run:
         return self.stage == ENHANCE and self.settings.shared_prefix
 
     @property
+    def runs_tower(self) -> bool:
+        """The vision tower runs in every step: there are images, and their features are not kept (as those of a frozen
+        tower and merger are, unless `cache_image_features` says no)."""
+        settings = self.settings
+        frozen = not (settings.train_vision_tower or settings.train_merger)
+        return self.lengths.num_images > 0 and not (settings.cache_image_features and frozen)
+
+    @property
     def corrupted(self) -> bool:
         """Every pair has its chosen answer once more, under a corrupted image."""
         trains_on_it = "image_conditional" in self.settings.objective
@@ -188,7 +196,7 @@ class Run:
         training, differentiated = self.training, []
         modules = tuple(
             module for module in self.modules
-            if self.lengths.num_images or module.parameters[0].part not in ("vision_tower", "merger")
+            if self.runs_tower or module.parameters[0].part not in ("vision_tower", "merger")
         )  # fmt: skip
         for module in modules:
             part = module.parameters[0].part

@@ -32,6 +32,7 @@ class Timing:
         communication_s: of an update's collectives.
         transfers_s: between device and host.
         overlapped: collectives run beside the computation (`overlap_comm`).
+        tower_s: of the vision tower over one example's images, where it runs once for all steps, else 0.
         forward_s: of a forward alone, an example on a rank, gathering included.
         tokens, examples: of an update over all ranks.
         needed: operations that an update needs over all ranks, nothing recomputed.
@@ -45,6 +46,7 @@ class Timing:
     communication_s: float
     transfers_s: float
     overlapped: bool
+    tower_s: float
     forward_s: float
     tokens: float
     examples: int
@@ -81,6 +83,9 @@ def plan_time(run: Run, cluster: Cluster, sizes: Sizes) -> Timing:
         again = forward_work(run.shape, sizes, prompts=1, head_rows=sizes.answer, answers=1)
         once = Work(once.vision + again.vision, once.language + again.language, once.head + again.head)
         prompts, answers = prompts + 1, answers + 1
+    tower_s = once.vision / prompts / (cluster.matrix_tflops * 1e12 * MATRIX_SHARE)
+    if not run.runs_tower:
+        once = Work(0.0, once.language, once.head)
     needed, spent = _training_work(run, once)
     examples, ranks = run.settings.global_batch_size, run.ranks
     matrix = cluster.matrix_tflops * 1e12 * MATRIX_SHARE * (1 if run.item == 2 else 0.5)
@@ -96,7 +101,8 @@ def plan_time(run: Run, cluster: Cluster, sizes: Sizes) -> Timing:
         weights_s=run.turns * passes * weight_bytes / memory, adam_s=adam,
         communication_s=sum(_link_time(each.wire, cluster) for each in collectives(run))
         + LATENCY_S * run.turns * run.gathered.fetches,
-        transfers_s=transfers, overlapped=run.zero.overlap, forward_s=forward,
+        transfers_s=transfers, overlapped=run.zero.overlap,
+        tower_s=0.0 if run.runs_tower else tower_s, forward_s=forward,
         tokens=examples * (prompts * sizes.prompt + answers * sizes.answer), examples=examples,
         needed=examples * needed, rate=ranks * cluster.matrix_tflops * 1e12 * (1 if run.item == 2 else 0.5),
     )  # fmt: skip

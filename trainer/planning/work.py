@@ -79,7 +79,10 @@ class Spent:
         return self.vision + self.language + self.reference
 
 
-def step_work(shape: Shape, sizes: Sizes, *, shared: bool, all_rows: bool, reference_passes: float) -> Spent:
+def step_work(
+    shape: Shape, sizes: Sizes, *, shared: bool, all_rows: bool, reference_passes: float,
+    vision_passes: float | None = None,
+) -> Spent:  # fmt: skip
     """Operations of a DPO step with a frozen vision tower: forward and backward of the language model (three times
     its forward), forward of the vision tower, and `reference_passes` forwards of the reference.
 
@@ -89,7 +92,12 @@ def step_work(shape: Shape, sizes: Sizes, *, shared: bool, all_rows: bool, refer
         shared: the two answers share their prompt.
         all_rows: the head scores every position, not only those of answers.
         reference_passes: 1 where the reference runs in every step, 1 over the epochs where it runs once.
+        vision_passes: of the tower, for policy and reference together: 1 over the epochs where its features are kept;
+            None: one for each of their forwards.
     """
     head_rows = 2 * (sizes.prompt + sizes.answer) if all_rows else 2 * sizes.answer
     once = forward_work(shape, sizes, prompts=1 if shared else 2, head_rows=head_rows)
-    return Spent(once.vision, 3 * (once.language + once.head), reference_passes * once.total)
+    language = once.language + once.head
+    if vision_passes is not None:
+        return Spent(vision_passes * once.vision, 3 * language, reference_passes * language)
+    return Spent(once.vision, 3 * language, reference_passes * once.total)

@@ -112,6 +112,10 @@ def read_demonstration(source: str, line: str, folder: Path, output: Path, limit
         paths = [Path(name) for name in row["images"]]
         moved = [path if path.is_absolute() else os.path.relpath(folder / path, output) for path in paths]
         row = row | {"images": [str(path) for path in moved]}
+        try:
+            parse_record(json.dumps(row), source, output, ELICIT)
+        except BadRow as error:
+            raise LeftOut("unusable", error.problem) from error
     question = normalized(" ".join(text_of([message]) for message in record.conversations[0][:-1]))
     return Demonstration(source, row, question, images, str(record.meta.get("specialty") or NO_SPECIALTY))
 

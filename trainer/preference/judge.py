@@ -17,6 +17,7 @@ from mede2.trainer.preference.rubric import CRITERIA, DEFAULT, Rubric, read_rubr
 from mede2.trainer.preference.scored import read_samples
 from mede2.trainer.questions.cases import read_cases
 from mede2.trainer.questions.rows import write_rows
+from mede2.trainer.stopping import EXIT_CODES, watcher
 
 SERVED = re.compile(r"(?P<model>.+)@(?P<url>https?://.+)")
 HELP = """Scores for each answer on the rubric's criteria, 1 to 5, with evidence from its text.
@@ -29,7 +30,7 @@ command again continues where it was stopped, and one with a judge more asks tha
 run again than read back."""
 
 
-@click.command("judge", help=HELP, short_help=__doc__)
+@click.command("judge", help=HELP, short_help=__doc__, epilog=EXIT_CODES)
 @click.option("--cases", "cases_file", required=True, metavar="FILE", help="cases.jsonl")
 @click.option("--samples", required=True, metavar="FILE", help="samples.jsonl")
 @click.option("--output", required=True, metavar="FILE", help="judgements.jsonl")
@@ -70,6 +71,7 @@ def command(
         raise ValueError(
             f"--weight: one for each of {len(judges)} judges, not all 0, and --combine, not {list(weights)}"
         )
+    watcher.install()
     rubric = read_rubric(rubric_file)
     cases = {case.id: case for case in read_cases(Path(cases_file))}
     answers = [Answer(cases[one.case], one.sample, one.text, one.key) for one in read_samples(Path(samples), cases)]
@@ -90,6 +92,7 @@ def judge_by_rules(answers: Sequence[Answer], rubric: Rubric) -> list[Judgement]
     judgements = []
     with Progress("judged by rules", len(answers)) as progress:
         for answer in answers:
+            watcher.stop_alone(f"after {len(judgements)} of {len(answers)} answers were judged by rules")
             judgements.append(rules.judge(answer, rubric))
             progress.advance()
     return judgements

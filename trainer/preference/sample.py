@@ -13,6 +13,7 @@ from mede2.trainer.answering.options import LOCAL_OPTIONS, SERVER_OPTIONS, askin
 from mede2.trainer.data.images import parse_window
 from mede2.trainer.questions.cases import read_cases, read_system
 from mede2.trainer.questions.rows import Row, write_rows
+from mede2.trainer.stopping import EXIT_CODES, watcher
 
 
 def write_samples(output: Path, jobs: Sequence[Job], answers: Sequence[Row], model: str, settings: Row) -> None:
@@ -39,7 +40,7 @@ on its way from the server when the command was killed, or the connection cut, i
 whole at the end, in the order of the cases."""
 
 
-@click.command("sample", help=HELP, short_help=__doc__)
+@click.command("sample", help=HELP, short_help=__doc__, epilog=EXIT_CODES)
 @option("--cases", "cases_file", required=True, metavar="FILE", help="cases.jsonl")
 @option("--output", required=True, metavar="FILE", help="samples.jsonl")
 @option("--model", required=True, metavar="NAME", help="Model folder or hub name, or the server's name for its model.")
@@ -56,6 +57,7 @@ def command(
             raise ValueError(f"--{name.replace('_', '-')}: only {'without' if base_url else 'with'} --base-url")
     if temperature == 0 and num > 1:
         raise ValueError(f"--num {num}: at temperature 0 all answers to a case are the same; say --num 1")
+    watcher.install()
     text = read_system(system)
     jobs = plan(read_cases(Path(cases_file)), num, seed, text)
     settings = {
@@ -82,9 +84,8 @@ def sample_here(
     from mede2.trainer.answering.local import PATIENCE_MINUTES, LocalModel
     from mede2.trainer.world import join_world
 
-    world = join_world(PATIENCE_MINUTES)
-    asked = LocalModel(model, batch_size=batch_size, max_pixels=max_pixels, world=world)
-    with Journal(output, world.rank) as journal:
-        answers = asked.answer(jobs, settings, journal)
-        world.on_main(lambda: write_samples(output, jobs, answers, model, settings | asked.identity))
-    world.leave()
+    with join_world(PATIENCE_MINUTES) as world:
+        asked = LocalModel(model, batch_size=batch_size, max_pixels=max_pixels, world=world)
+        with Journal(output, world.rank) as journal:
+            answers = asked.answer(jobs, settings, journal)
+            world.on_main(lambda: write_samples(output, jobs, answers, model, settings | asked.identity))

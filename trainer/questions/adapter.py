@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,7 @@ def make_case(adapter: Adapter, source: str, number: int, row: Row, folder: Path
             if stray := MARK.search(part.get("text", "")):
                 raise BadRow(source, f"{stray[0]} stands in the text, and the row has no such image", "image")
     prompt = parse_prompt(source, messages)
-    paths = parse_images(source, shown, prompt, folder)
+    paths = parse_images(source, shown, prompt, folder, store)
     for path in paths:
         if not path.is_file():
             raise BadRow(source, f"image {path}: no such file", "image")
@@ -250,9 +251,13 @@ def save_image(store: Path, source: str, content: bytes) -> Path:
         BadRow: the bytes are in no format that Pillow knows, or damaged, or of far too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            kind = str(image.format)
-    except (*DAMAGE, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as image:
+                kind = str(image.format)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadRow(source, f"an image of more than {Image.MAX_IMAGE_PIXELS} pixels", "image") from error
+    except DAMAGE as error:
         raise BadRow(source, f"{len(content)} bytes that are no image that Pillow reads", "image") from error
     path = store.absolute() / (hashlib.sha256(content).hexdigest() + SUFFIXES.get(kind, f".{kind.lower()}"))
     if not path.is_file():

@@ -47,9 +47,15 @@ def no_reference_pass():
 
 
 def stage2_cached(world: World, job: dict) -> str:
-    """The same records and starting policy again."""
+    """The same records and starting policy again, with a frozen tower."""
     with no_reference_pass():
-        return stage(world, job, 2, "stage2_cached", train=[job["records"]["pairs"]], max_steps=1)
+        return stage(world, job, 2, "stage2_cached", train=[job["records"]["pairs"]], epochs=2)
+
+
+def stage2_pixels(world: World, job: dict) -> str:
+    """The same once more, with the tower running in every step."""
+    pairs = [job["records"]["pairs"]]
+    return stage(world, job, 2, "stage2_pixels", train=pairs, epochs=2, cache_image_features=False)
 
 
 def stage2_simpo(world: World, job: dict) -> str:
@@ -69,8 +75,8 @@ def stage2_reference(world: World, job: dict) -> str:
 
 
 SCENARIOS = {
-    "stage1": stage1, "stage2": stage2, "stage2_cached": stage2_cached, "stage2_reference": stage2_reference,
-    "stage2_simpo": stage2_simpo,
+    "stage1": stage1, "stage2": stage2, "stage2_cached": stage2_cached, "stage2_pixels": stage2_pixels,
+    "stage2_reference": stage2_reference, "stage2_simpo": stage2_simpo,
 }  # fmt: skip
 
 if __name__ == "__main__":

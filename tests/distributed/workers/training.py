@@ -193,20 +193,6 @@ def raised(do) -> str:
     return ""
 
 
-def resume_elsewhere(world: World, job: dict) -> str:
-    """The checkpoint of `resume` on another number of ranks."""
-    engine = make_engine(world, job["models"]["tied"], make_settings(2, global_batch_size=4, micro_batch_size=2))
-    before = weights(engine)
-    try:
-        load_checkpoint(engine, first_whole(checkpoint_folders(Path(job["checkpoints"])), world))
-    except ValueError as error:
-        assert all(torch.equal(tensor, before[name]) for name, tensor in weights(engine).items())
-        return str(error)
-    finally:
-        engine.close()
-    return ""
-
-
 def exported(world: World, job: dict, model: str, zero: str) -> dict:
     """Train all but the vision tower with weight decay, export, and say what the engine answers: {row: [token
     log-probabilities of chosen, of rejected]}."""
@@ -355,7 +341,6 @@ SCENARIOS = {
     "bf16": bf16,
     "resume": resume,
     "saved": saved,
-    "resume_elsewhere": resume_elsewhere,
     "export_tied_z3": lambda world, job: exported(world, job, "tied", "z3"),
     "export_untied_z3": lambda world, job: exported(world, job, "untied", "z3"),
     "export_tied_z2": lambda world, job: exported(world, job, "tied", "z2"),
