@@ -12,9 +12,9 @@ or, in the column "1 epoch", all of it; TRL computes them in every step. Tokens 
 prompt twice, however often they are computed. Memory is the peak above the state after imports, model and optimizer
 included: of the allocator on CUDA, of the training process's resident set on the CPU (data workers do not count).
 
-Operations are counted from the configuration (step_work.py). "Spent" is what a contender's algorithm takes; MFU is of
-the least that a pair needs (prompt once, answer rows only, image and reference over EPOCHS epochs), by part, over the
-rate of a matrix product measured here.
+Operations are counted from the configuration (trainer/planning/work.py). "Spent" is what a contender's algorithm
+takes; MFU is of the least that a pair needs (prompt once, answer rows only, image and reference over EPOCHS epochs), by
+part, over the rate of a matrix product measured here.
 """
 
 import importlib.util
@@ -36,13 +36,15 @@ from bench_logps import DTYPES, REPOSITORY, append_csv, environment
 from rich.console import Console
 from rich.table import Table
 from step_contenders import Contender, Job, contend
-from step_work import BUILT, Sizes, make_model, make_records, measure_sizes, step_work
+from step_work import BUILT, make_model, make_records, measure_sizes
 from transformers import AutoConfig
 
 from mede2.trainer.data.encoding import Encoder
 from mede2.trainer.data.processing import load_processor
 from mede2.trainer.data.records import read_records
 from mede2.trainer.data.sampler import Sampler
+from mede2.trainer.planning.shapes import shape_of
+from mede2.trainer.planning.work import Sizes, step_work
 from mede2.trainer.settings import ENHANCE, BatchArithmetic, Settings
 
 EPOCHS = 3  # that serve themselves of what we compute once
@@ -225,13 +227,14 @@ def row_of(
     pairs_per_s, pairs_per_s_one_epoch = (
         1e3 / (step_ms / case.global_batch_size + once_ms / epochs) for epochs in (EPOCHS, 1)
     )
+    shape = shape_of(config.to_dict(), case.model)
     spent = step_work(
-        config, sizes, shared=not is_trl and settings.shared_prefix,
+        shape, sizes, shared=not is_trl and settings.shared_prefix,
         all_rows=is_trl and case.device == "cpu" and not contender.compact,
         reference_passes=1 if is_trl else 1 / EPOCHS,
         vision_passes=1 / EPOCHS if not is_trl and settings.cache_image_features else None,
     )  # fmt: skip
-    least = step_work(config, sizes, shared=True, all_rows=False, reference_passes=1 / EPOCHS, vision_passes=1 / EPOCHS)
+    least = step_work(shape, sizes, shared=True, all_rows=False, reference_passes=1 / EPOCHS, vision_passes=1 / EPOCHS)
     return {
         "model": case.model, "dtype": case.dtype, "prompt_tokens": sizes.prompt, "answer_tokens": sizes.answer,
         "image_tokens": sizes.image_tokens, "global_batch_size": case.global_batch_size,

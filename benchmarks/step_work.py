@@ -1,12 +1,9 @@
-"""What bench_step.py trains on: models of three sizes, their records, and the operations that a pair costs. Imports
-transformers.
+"""What bench_step.py trains on: models of three sizes and their records. Imports transformers.
 
-Legend: P prompt tokens (image tokens counted), A answer tokens, V vocabulary; operations are multiplications and
-additions, two for each weight that a token meets.
+Legend: P prompt tokens (image tokens counted), A answer tokens, V vocabulary.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalG
 
 from mede2.trainer.data.processing import load_processor, save_processor
 from mede2.trainer.demo.defaults import BASE_MODEL
+from mede2.trainer.planning.work import Sizes
 
 IMAGE_SIDE = 448  # pixels
 TEMPLATE_TOKENS = 12  # of a prompt that are neither image nor words, about
@@ -99,94 +97,6 @@ def make_records(model: Path, folder: Path, num: int, num_prompt: int, num_answe
             row = {"prompt": [{"role": "user", "content": content}], "chosen": answer(), "rejected": answer()}
             file.write(json.dumps(row | {"images": [f"{number}.png"]}) + "\n")
     return folder / "pairs.jsonl"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Means over the pairs: P, A of one answer, image patches, image tokens."""
-
-    prompt: float
-    answer: float
-    patches: float
-    image_tokens: float
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations of a forward over one pair."""
-
-    vision: float
-    language: float
-    head: float
-
-
-def forward_work(config, sizes: Sizes, *, prompts: int, head_rows: float) -> Work:
-    """Operations of one forward over a pair, from the configuration of a Qwen2.5-VL.
-
-    Args:
-        config: of the model.
-        sizes: of the pair.
-        prompts: 1 where both answers share one prompt and its image, 2 where each has its own.
-        head_rows: positions that the language head scores.
-    """
-    vision, text = config.vision_config, config.get_text_config()
-    hidden, patches = vision.hidden_size, sizes.patches
-    side = vision.window_size // vision.patch_size  # patches of a window's side
-    seen = [
-        patches if layer in vision.fullatt_block_indexes else min(patches, side**2) for layer in range(vision.depth)
-    ]
-    merged = hidden * vision.spatial_merge_size**2
-    per_image = patches * (
-        2 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * hidden
-        + vision.depth * 2 * (4 * hidden**2 + 3 * hidden * vision.intermediate_size)
-        + sum(4 * hidden * each for each in seen)
-    ) + sizes.image_tokens * 2 * (merged**2 + merged * vision.out_hidden_size)
-    width = text.hidden_size // text.num_attention_heads
-    queries, keys = text.num_attention_heads * width, text.num_key_value_heads * width
-    per_token = 2 * text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
-    tokens = prompts * sizes.prompt + 2 * sizes.answer
-    looks = prompts * sizes.prompt**2 / 2 + 2 * sizes.answer * (sizes.prompt + sizes.answer / 2)  # causal
-    return Work(
-        vision=prompts * per_image,
-        language=text.num_hidden_layers * (tokens * per_token + looks * 4 * queries),
-        head=head_rows * 2 * text.hidden_size * text.vocab_size,
-    )
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Operations of a training step, by pair; the reference's own vision and head are counted with the reference."""
-
-    vision: float
-    language: float
-    reference: float
-
-    @property
-    def total(self) -> float:
-        return self.vision + self.language + self.reference
-
-
-def step_work(
-    config, sizes: Sizes, *, shared: bool, all_rows: bool, reference_passes: float, vision_passes: float | None = None
-) -> Spent:
-    """Operations of a DPO step with a frozen vision tower: forward and backward of the language model (three times
-    its forward), forward of the vision tower, and `reference_passes` forwards of the reference.
-
-    Args:
-        config: of the model.
-        sizes: of the pair.
-        shared: the two answers share their prompt.
-        all_rows: the head scores every position, not only those of answers.
-        reference_passes: 1 where the reference runs in every step, 1 over the epochs where it runs once.
-        vision_passes: of the tower, for policy and reference together: 1 over the epochs where its features are kept;
-            None: one for each of their forwards.
-    """
-    head_rows = 2 * (sizes.prompt + sizes.answer) if all_rows else 2 * sizes.answer
-    once = forward_work(config, sizes, prompts=1 if shared else 2, head_rows=head_rows)
-    language = once.language + once.head
-    if vision_passes is not None:
-        return Spent(vision_passes * once.vision, 3 * language, reference_passes * language)
-    return Spent(once.vision, 3 * language, reference_passes * (once.vision + language))
 
 
 def measure_sizes(examples, processor) -> Sizes:

@@ -1,9 +1,7 @@
-"""The DeepSpeed engine around a policy: its configuration, the update, and its weights. Imports deepspeed."""
+"""The DeepSpeed engine around a policy: the update, and its weights. Imports deepspeed."""
 
-import copy
 import ctypes
 import gc
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +17,11 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import Tensor
 
 from mede2.trainer.adapters import adapter_tensors, whole_tensors
+from mede2.trainer.deepspeed_file import on_nvme
 from mede2.trainer.gradients import clear_gradients
 from mede2.trainer.losses import sum_by_sequence
 from mede2.trainer.policy import Policy, part_of
-from mede2.trainer.redaction import SECRET_NAMES
-from mede2.trainer.settings import BatchArithmetic, Settings
+from mede2.trainer.settings import Settings
 from mede2.trainer.world import World
 
 # A collective of inference that training never calls; on a CPU its C++ would compile for a minute or more in the first
@@ -31,148 +29,12 @@ from mede2.trainer.world import World
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
 
-OURS = {  # sections of a DeepSpeed file that would say again, or otherwise, what a setting says
-    "optimizer": "optimizer, learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon",
-    "scheduler": "scheduler, warmup_ratio, final_lr_ratio",
-    "fp16": "dtype (fp16 is not supported; use bf16)",
-    "activation_checkpointing": "activation_checkpointing",
-    "managed_gradient_accumulation": "global_batch_size and micro_batch_size",
-}
 BLOCK_8BIT = 256  # values that share a scale in bitsandbytes' 8-bit state
 MOMENTS_AT_ONCE = 2**20  # values looked at together; most tensors show one that is not zero at once
 
 
 class NonFiniteUpdate(RuntimeError):
     """A loss or gradient that is not finite; nothing was updated."""
-
-
-def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file, with the sections that settings own refused.
-
-    Raises:
-        ValueError: names the file and the field.
-    """
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--ds {path}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--ds {path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"--ds {path}: a DeepSpeed file holds a JSON object, not {type(config).__name__}")
-    for section, setting in OURS.items():
-        if section in config:
-            raise ValueError(f"--ds {path}: {section}: remove it; the settings decide: {setting}")
-    if _get(config, "checkpoint.writer") or "datastates_ckpt" in config:
-        raise ValueError(
-            f"--ds {path}: checkpoint.writer, datastates_ckpt: remove it; the settings decide: async_checkpoints"
-        )
-    for section in ("zero_optimization", "bf16"):
-        if not isinstance(config.get(section, {}), dict):
-            raise ValueError(f"--ds {path}: {section}: {config[section]!r} is not a JSON object")
-    if secret := [field for field in _paths(config) if field.upper().endswith(SECRET_NAMES)]:
-        raise ValueError(f"--ds {path}: {secret[0]}: DeepSpeed prints its file; give it by an environment variable")
-    stage = _get(config, "zero_optimization.stage")
-    if stage not in (1, 2, 3):
-        raise ValueError(f"--ds {path}: zero_optimization.stage: {stage!r} is not 1, 2 or 3")
-    return config
-
-
-def fill_deepspeed_config(
-    config: Mapping[str, Any], settings: Settings, batch: BatchArithmetic, dtype: torch.dtype, hidden_size: int,
-    largest_parameter: int,
-) -> dict[str, Any]:  # fmt: skip
-    """The DeepSpeed configuration of a run: every "auto" filled from the settings, every explicit value checked.
-
-    Args:
-        config: as `read_deepspeed_file` returns it.
-        settings: of the run.
-        batch: the batch arithmetic.
-        dtype: of the weights.
-        hidden_size: of the language model, for the sizes of ZeRO's buffers.
-        largest_parameter: number of values of the model's largest one; a buffer between NVMe and memory holds a
-            rank's share of it.
-
-    Raises:
-        ValueError: a value that disagrees with the settings, or an "auto" that nothing fills; names the field.
-    """
-    bf16 = dtype == torch.bfloat16
-    must_agree = {
-        "train_batch_size": ("global_batch_size", batch.global_batch_size),
-        "train_micro_batch_size_per_gpu": ("micro_batch_size", batch.micro_batch_size),
-        "gradient_accumulation_steps": ("global_batch_size, micro_batch_size and ranks", batch.grad_accum_steps),
-        "gradient_clipping": ("max_grad_norm", settings.max_grad_norm),
-        "bf16.enabled": ("dtype", bf16),
-    }
-    sizes = {
-        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    filled = copy.deepcopy(dict(config))
-    for field, (setting, value) in must_agree.items():
-        given = _get(filled, field)
-        if given not in ("auto", None) and given != value:
-            raise ValueError(
-                f'--ds: {field} is {given}, but must be {value} by {setting}; write "auto" or make them agree'
-            )
-        _put(filled, field, value)
-    swaps = [f"zero_optimization.offload_{what}" for what in ("optimizer", "param")]
-    swaps = [f"{section}.nvme_path" for section in swaps if _get(filled, f"{section}.device") == "nvme"]
-    unset = [field for field in swaps if _get(filled, field) in ("auto", None)]
-    if unset and settings.nvme_path is None:
-        raise ValueError(f"nvme_path: not set, but the --ds file needs it ({', '.join(unset)}); name a folder on NVMe")
-    if settings.nvme_path is not None and not unset:
-        raise ValueError(f"nvme_path: {settings.nvme_path}, but no offload to NVMe in the --ds file asks for it")
-    for field in unset:
-        _put(filled, field, settings.nvme_path)
-    if "param" in on_nvme(filled):  # DeepSpeed's own default is less than the share of many an embedding
-        field, share = "zero_optimization.offload_param.buffer_size", -(-largest_parameter // batch.world_size)
-        given = _get(filled, field)
-        if given in ("auto", None):
-            _put(filled, field, share)
-        elif not isinstance(given, (int, float)) or given < share:
-            raise ValueError(
-                f"--ds: {field} is {given!r}, but a rank holds {share} values of the largest parameter: give that many "
-                'or more, or "auto"'
-            )
-    for field in ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"):
-        if _get(filled, field) not in (True, None):
-            raise ValueError(f"--ds: {field}: remove it; on_non_finite needs DeepSpeed to look before an update")
-    for field, value in sizes.items():
-        if _get(filled, field) == "auto":
-            _put(filled, field, value)
-    if left := [field for field in _paths(filled) if _get(filled, field) == "auto"]:
-        raise ValueError(f'--ds: {", ".join(left)}: no setting fills this "auto"; write a value')
-    stage = _get(filled, "zero_optimization.stage")
-    offloads = settings.optimizer == "cpu_adam"
-    if offloads and _get(filled, "zero_optimization.offload_optimizer.device") not in ("cpu", "nvme"):
-        raise ValueError(
-            "optimizer: cpu_adam needs zero_optimization.offload_optimizer.device cpu or nvme in the --ds file"
-        )
-    if settings.optimizer == "paged_adamw_8bit" and _get(filled, "zero_optimization.offload_optimizer"):
-        raise ValueError(
-            "optimizer: paged_adamw_8bit pages its state itself; remove zero_optimization.offload_optimizer from the "
-            "--ds file, or choose cpu_adam"
-        )
-    if settings.quantize and stage == 3:
-        raise ValueError(
-            f"quantize: ZeRO-3 cannot partition {settings.quantize} weights; name a --ds file of ZeRO-1 or ZeRO-2, "
-            "such as ds_configs/z2.json"
-        )
-    filled |= {
-        "managed_gradient_accumulation": False,  # the loop's engine.update() is the accumulation boundary
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": offloads,
-        "steps_per_print": 10**12,
-    }
-    return filled
-
-
-def on_nvme(config: Mapping[str, Any]) -> set[str]:
-    """Which of "optimizer" and "param" a configuration offloads to NVMe."""
-    sections = {what: f"zero_optimization.offload_{what}.device" for what in ("optimizer", "param")}
-    return {what for what, field in sections.items() if _get(config, field) == "nvme"}
 
 
 def check_nvme(config: Mapping[str, Any], *, resumes: bool = False) -> None:
@@ -189,27 +51,6 @@ def check_nvme(config: Mapping[str, Any], *, resumes: bool = False) -> None:
         )
     if on_nvme(config) and not AsyncIOBuilder().is_compatible(verbose=False):
         raise ValueError("nvme_path: DeepSpeed's offload to NVMe needs libaio with its headers (Debian: libaio-dev)")
-
-
-def _get(config: Mapping, field: str):
-    for key in field.split("."):
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return config
-
-
-def _put(config: dict, field: str, value) -> None:
-    *parents, last = field.split(".")
-    for key in parents:
-        config = config.setdefault(key, {})
-    config[last] = value
-
-
-def _paths(config: Mapping, prefix: str = ""):
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _paths(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
 
 
 def make_optimizer(policy: Policy, settings: Settings) -> torch.optim.Optimizer:

@@ -174,6 +174,7 @@ def load_policy(
         unset_hf_deepspeed_config()
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # for reentrant ones only; a frozen tower would run its backward
     policy = Policy(model, implementation)
     if activation_offload:
         policy.offload = Offload(model)

@@ -23,8 +23,9 @@ from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.processing import describe_processor, load_processor, locate_model
 from mede2.trainer.data.remarks import briefly
 from mede2.trainer.data.sampler import Sampler
+from mede2.trainer.deepspeed_file import fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.demo import defaults
-from mede2.trainer.engine import check_nvme, fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.engine import check_nvme
 from mede2.trainer.files import hash_json, hash_weights
 from mede2.trainer.other_world import check_convertible, convert
 from mede2.trainer.ownership import OWNER, Ownership

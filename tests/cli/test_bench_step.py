@@ -5,12 +5,13 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mede2.trainer.demo.defaults import BASE_MODEL
+from mede2.trainer.planning import work
+from mede2.trainer.planning.shapes import shape_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,14 +71,13 @@ def test_other_work_is_refused(benchmarks):
         bench.check_same_work(other, "fp32")
 
 
-def test_operations_are_those_that_torch_counts(benchmarks):
+def test_operations_are_those_that_torch_counts():
     from PIL import Image
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForImageTextToText
 
     from mede2.trainer.data.processing import load_processor
 
-    work = benchmarks("step_work")
     processor = load_processor(BASE_MODEL)
     inputs = processor(
         text=[processor.image_token + " left right" * 10], images=[Image.new("RGB", (448, 448))], return_tensors="pt"
@@ -88,28 +88,23 @@ def test_operations_are_those_that_torch_counts(benchmarks):
     num_tokens, text = inputs["input_ids"].size(1), model.config.get_text_config()
     patches, image_tokens = len(inputs["pixel_values"]), int(inputs["mm_token_type_ids"].sum())
     sizes = work.Sizes(num_tokens, 0, patches, image_tokens)
-    ours = work.forward_work(model.config, sizes, prompts=1, head_rows=num_tokens)
+    ours = work.forward_work(shape_of(model.config.to_dict(), "demo"), sizes, prompts=1, head_rows=num_tokens)
     hidden_half = text.num_hidden_layers * 2 * text.hidden_size * num_tokens**2  # eager attention sees the future too
     assert counter.get_total_flops() == ours.vision + ours.language + ours.head + hidden_half
 
 
-def test_a_shared_prompt_and_answer_rows_spend_less(benchmarks):
-    work = benchmarks("step_work")
-    vision = SimpleNamespace(
-        hidden_size=1, window_size=1, patch_size=1, fullatt_block_indexes=(), depth=0, spatial_merge_size=1,
-        in_channels=1, temporal_patch_size=1, intermediate_size=1, out_hidden_size=1,
-    )  # fmt: skip
-    text = SimpleNamespace(
-        hidden_size=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=1, num_hidden_layers=1,
-        vocab_size=10,
-    )  # fmt: skip
-    config = SimpleNamespace(vision_config=vision, get_text_config=lambda: text)
+def test_a_shared_prompt_and_answer_rows_spend_less():
+    text = dict(vocab_size=10, hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1,
+                num_key_value_heads=1)  # fmt: skip
+    vision = dict(depth=0, hidden_size=1, intermediate_size=1, num_heads=1, in_channels=1, patch_size=1, window_size=1,
+                  spatial_merge_size=1, temporal_patch_size=1, out_hidden_size=1)  # fmt: skip
+    shape = shape_of({"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision}, "ones")
     sizes = work.Sizes(prompt=4, answer=2, patches=3, image_tokens=1)
     image = 3 * 2 + 2 * 2  # patches embedded; one token merged by two products
     token, looks_apart, looks_shared = 2 * 7, 2 * 4 * 4 / 2 + 4 * 5, 4 * 4 / 2 + 4 * 5
-    apart = work.step_work(config, sizes, shared=False, all_rows=True, reference_passes=1)
+    apart = work.step_work(shape, sizes, shared=False, all_rows=True, reference_passes=1)
     language = 12 * token + 4 * looks_apart + 12 * 2 * 10
     assert (apart.vision, apart.language, apart.reference) == (2 * image, 3 * language, 2 * image + language)
-    shared = work.step_work(config, sizes, shared=True, all_rows=False, reference_passes=0.5)
+    shared = work.step_work(shape, sizes, shared=True, all_rows=False, reference_passes=0.5)
     language = 8 * token + 4 * looks_shared + 4 * 2 * 10
     assert (shared.vision, shared.language, shared.reference) == (image, 3 * language, (image + language) / 2)

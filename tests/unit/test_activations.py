@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mede2.trainer.activations import Offload
-from mede2.trainer.policy import load_policy
+from mede2.trainer.policy import freeze, load_policy
 from mede2.trainer.settings import Settings
 
 
@@ -29,3 +29,15 @@ def test_without_layers_to_checkpoint_it_is_refused():
         Offload(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="activation_offload: true needs activation_checkpointing: true"):
         Settings(activation_offload=True)
+
+
+def test_a_frozen_tower_has_no_backward_under_checkpointing(model_folder):
+    """transformers makes the inputs of every checkpointed model differentiable, the tower's patches too."""
+    policy = load_policy(
+        model_folder, dtype=torch.float32, attention="sdpa", implementation="torch", activation_checkpointing=True
+    )
+    policy.train()
+    freeze(policy, {"language_model": True, "vision_tower": False, "merger": False})
+    tower = policy.model.model.visual
+    pixels = torch.zeros(16, tower.patch_embed.proj.weight[0].numel())
+    assert not tower(pixels, torch.tensor([[1, 4, 4]])).pooler_output.requires_grad

@@ -9,7 +9,8 @@ from transformers import AutoModelForImageTextToText
 
 from mede2.trainer.adapters import adapter_tensors, is_adapter, save_adapter, whole_tensors
 from mede2.trainer.data.processing import locate_model
-from mede2.trainer.engine import fill_deepspeed_config, make_optimizer, read_deepspeed_file
+from mede2.trainer.deepspeed_file import fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.engine import make_optimizer
 from mede2.trainer.export import MERGED_TOLERANCE, TOLERANCE, compare
 from mede2.trainer.policy import PARTS, freeze, load_policy
 from mede2.trainer.prepare import prepare

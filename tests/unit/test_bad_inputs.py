@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from mede2.trainer.commandline import stage_command
 from mede2.trainer.data.processing import load_processor, locate_model
-from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.deepspeed_file import fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.files import write_json
 from mede2.trainer.policy import load_policy
 from mede2.trainer.resolution import parse_assignments, read_recipe, resolve

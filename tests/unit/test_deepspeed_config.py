@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mede2.trainer.engine import AsyncIOBuilder, check_nvme, fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.deepspeed_file import fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.engine import AsyncIOBuilder, check_nvme
 from mede2.trainer.prepare import prepare
 from mede2.trainer.resolution import resolve
 from mede2.trainer.settings import BatchArithmetic, Settings

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mede2.trainer.engine import fill_deepspeed_config
+from mede2.trainer.deepspeed_file import fill_deepspeed_config
 from mede2.trainer.settings import BatchArithmetic, Settings
 
 

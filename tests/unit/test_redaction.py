@@ -72,7 +72,7 @@ def test_commands_of_a_group_tell_none(monkeypatch, tmp_path):
 
 
 def test_a_key_in_the_file_of_deepspeed_is_refused(tmp_path):
-    from mede2.trainer.engine import read_deepspeed_file
+    from mede2.trainer.deepspeed_file import read_deepspeed_file
 
     file = tmp_path / "z3.json"
     comet = {"enabled": True, "api_key": "hunter22"}

@@ -23,7 +23,8 @@ from mede2.trainer.data.layout import Layout
 from mede2.trainer.data.positions import Positions
 from mede2.trainer.data.processing import load_processor
 from mede2.trainer.data.sampler import Sampler
-from mede2.trainer.engine import Engine, fill_deepspeed_config, make_optimizer, read_deepspeed_file
+from mede2.trainer.deepspeed_file import fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.engine import Engine, make_optimizer
 from mede2.trainer.policy import PARTS, freeze, largest_parameter, load_policy, quiet_transformers
 from mede2.trainer.resolution import resolve
 from mede2.trainer.settings import BatchArithmetic, Settings

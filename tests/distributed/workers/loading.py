@@ -12,7 +12,7 @@ import torch
 from harness import DS_CONFIGS, main, make_settings
 from transformers import modeling_utils
 
-from mede2.trainer.engine import fill_deepspeed_config, read_deepspeed_file
+from mede2.trainer.deepspeed_file import fill_deepspeed_config, read_deepspeed_file
 from mede2.trainer.policy import load_policy
 from mede2.trainer.settings import BatchArithmetic
 from mede2.trainer.world import World
