@@ -38,6 +38,10 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
     for section, setting in OURS.items():
         if section in config:
             raise ValueError(f"--ds {path}: {section}: remove it; the settings decide: {setting}")
+    if get_field(config, "checkpoint.writer") or "datastates_ckpt" in config:
+        raise ValueError(
+            f"--ds {path}: checkpoint.writer, datastates_ckpt: remove it; the settings decide: async_checkpoints"
+        )
     for section in ("zero_optimization", "bf16"):
         if not isinstance(config.get(section, {}), dict):
             raise ValueError(f"--ds {path}: {section}: {config[section]!r} is not a JSON object")
