@@ -106,7 +106,12 @@ class Watch:
 
     def phase(self, function: Callable, phase: str) -> None:
         """Wherever the trainer calls `function`, the run is in a phase."""
+        replace(function, self.in_phase(function, phase))
 
+    def in_phase(self, function: Callable, phase: str) -> Callable:
+        """`function`, during which the run is in a phase."""
+
+        @functools.wraps(function)
         def call(*arguments, **keywords):
             self.phases.append(phase)
             try:
@@ -119,7 +124,7 @@ class Watch:
                 self.phases[0] = "export"  # what is left of the run
             return result
 
-        replace(function, call)
+        return call
 
     def between(self, function: Callable, phases: Sequence[str], shown: str, file: int | None = None) -> Callable:
         """`function` with a moment before and one after each call in some phases; `file`: the argument that names the
@@ -146,10 +151,11 @@ class Watch:
             def write_half() -> None:
                 buffer = io.BytesIO()
                 save(value, buffer, *arguments, **keywords)
-                Path(file).write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+                file.write(buffer.getvalue()[: buffer.tell() // 2])
+                file.flush()
 
             if self.phases[-1] == "save":
-                self.reach("half a file", os.path.basename(file), prepare=write_half)
+                self.reach("half a file", os.path.basename(file.name), prepare=write_half)
             return save(value, file, *arguments, **keywords)
 
         torch.save = call
@@ -202,7 +208,7 @@ def install(job: Job) -> None:
     watch.phase(reference.compute, "reference")
     watch.phase(loop.train, "step")
     watch.phase(loop.evaluate, "evaluation")
-    watch.phase(checkpoint.save_checkpoint, "save")
+    checkpoint.Checkpoints.save = watch.in_phase(checkpoint.Checkpoints.save, "save")
     watch.phase(export.export, "export")
     watch.phase(export.publish, "export")
     watch.updates(Feed)
@@ -238,8 +244,8 @@ def forget_position() -> None:
     from mede2.trainer.data import batches
 
     class FromTheFirst(batches.Feed):
-        def __init__(self, of, steps: range):
-            super().__init__(of, range(len(steps)))
+        def __init__(self, those: batches.Batches, steps: range, of: str = "update"):
+            super().__init__(those, range(len(steps)), of)
             self.steps = steps
 
         def micro_batches(self, step: int):

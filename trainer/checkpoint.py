@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from mede2.trainer import other_world
 from mede2.trainer.checkpoint_writing import Writing, on_disk
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import hash_file, write_json
+from mede2.trainer.generators import generator_states, set_generator_states
 from mede2.trainer.ownership import Ownership
 from mede2.trainer.unpickling import tensors_only
 from mede2.trainer.world import World
@@ -119,6 +119,7 @@ class Checkpoints:
         self.engine, self.world, self.folder, self.identity = engine, engine.world, folder, identity
         self.keep, self.keep_every, self.owner, self.in_background = keep, keep_every, owner, in_background
         self._begun: tuple[Writing, dict[str, Any]] | None = None
+        self.world.on_main(self._clear)
 
     def save(self, step: int, objective: dict[str, float], owed: dict[str, float] | None = None) -> None:
         """Write the state after `step` updates; in the background, it is whole after a later call of `settle` or
@@ -136,7 +137,7 @@ class Checkpoints:
         self.finish()
         token = f".{self.owner.token}" if self.owner else ""  # whoever else writes this step has another folder
         partial = self.folder / f".{_name(step)}{token}.partial"
-        least, generators = self.engine.num_state_bytes(), _generator_states()
+        least, generators = self.engine.num_state_bytes(), generator_states()
         marker = {"step": step, "world_size": self.world.size, "identity": self.identity, "objective": objective}
         marker |= {"owed": owed} if owed else {}
         with self._refusals(partial, step):
@@ -168,10 +169,14 @@ class Checkpoints:
     def _make_room(self, partial: Path, least: int) -> None:
         self._check_owner()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".step-*.partial"):  # by a run that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)  # or by one that was thought dead and is still at it
+        self._clear()
         _check_room(self.folder, least)
         partial.mkdir()
+
+    def _clear(self) -> None:
+        """Delete what a run left that was killed while it wrote or deleted, or was thought dead and is still at it."""
+        for left in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _complete(self, partial: Path, marker: dict[str, Any], parts: list[tuple[dict, str]]) -> None:
         self._check_owner()
@@ -284,18 +289,8 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     if engine.world.rank >= checkpoint.world_size:
         other_world.seed_generators(checkpoint.identity["settings"]["seed"], engine.world.rank, checkpoint.step)
         return
-    states = load_file(checkpoint.path / _generator_file(engine.world.rank))
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+    set_generator_states(load_file(checkpoint.path / _generator_file(engine.world.rank)))
 
 
 def _generator_file(rank: int) -> str:
     return f"generators-rank-{rank:05d}.safetensors"
-
-
-def _generator_states() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states

@@ -7,7 +7,8 @@ import torch
 
 from mede2.trainer.data.batches import Batches, Feed
 from mede2.trainer.engine import Engine, NonFiniteUpdate
-from mede2.trainer.non_finite import generator_states, leave_out
+from mede2.trainer.generators import generator_states
+from mede2.trainer.non_finite import leave_out
 from mede2.trainer.objectives import Objective, Stats
 from mede2.trainer.settings import Settings, learning_rate_at
 

@@ -3,24 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
+from torch import Tensor
 
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.engine import Engine, NonFiniteUpdate
+from mede2.trainer.generators import set_generator_states
 from mede2.trainer.settings import Settings
-
-
-def generator_states() -> dict[str, torch.Tensor]:
-    """The states of this rank's random number generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def leave_out(
     fault: NonFiniteUpdate, step: int, metrics: Mapping[str, float], suspects: Sequence[str],
-    generators: Mapping[str, torch.Tensor], engine: Engine, batches: Batches, settings: Settings,
+    generators: Mapping[str, Tensor], engine: Engine, batches: Batches, settings: Settings,
 ) -> dict[str, float]:  # fmt: skip
     """Go on, by the setting `on_non_finite`, as if the batch of an update had never been there. All ranks call it.
 
@@ -49,9 +42,7 @@ def leave_out(
         raise NonFiniteUpdate(
             f"{said}; {engine.num_skipped} updates would be left out, more than max_skipped: {settings.max_skipped}"
         ) from fault
-    torch.set_rng_state(generators["cpu"])
-    if "cuda" in generators:
-        torch.cuda.set_rng_state(generators["cuda"])
+    set_generator_states(generators)
     engine.world.say(
         f"warning: {said}; this update is left out, {engine.num_skipped} so far of at most {settings.max_skipped}"
     )

@@ -31,13 +31,14 @@ import threading
 import time
 from dataclasses import dataclass
 
+from mede2.trainer.stopping import FAILED
+
 POLL_S = 0.5
 GRACE_S = 5.0  # between a rank's stacks and its end: the others write theirs before the launcher ends them
 TERM_S = 10.0
 MARGIN_S = 30.0
 PHASE_MINUTES = 120.0  # a checkpoint of 70 billion parameters, written or read at 100 MB/s a rank, takes less
 STDERR = 2  # the descriptor: sys.stderr may be anything
-FAILED = 1
 PIPE_BYTES = 4096  # of pipe(7): written in one piece, whoever else writes
 
 
