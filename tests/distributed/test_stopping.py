@@ -15,7 +15,9 @@ def runs(launch, models, records, tmp_path_factory) -> tuple[Path, list[dict]]:
     """The folder of both runs, and by rank what every start of the stopped one said and left."""
     folder = tmp_path_factory.mktemp("runs")
     scenarios = ["undisturbed", "stopped"]
-    results = launch("stopping", 2, scenarios=scenarios, models=models, records=records, runs=str(folder))
+    results = launch(
+        "stopping", 2, timeout_s=600.0, scenarios=scenarios, models=models, records=records, runs=str(folder)
+    )
     return folder, [result["stopped"] for result in results]
 
 
