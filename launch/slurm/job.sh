@@ -12,19 +12,20 @@ set -euo pipefail
 REQUEUE=75
 MAX_ATTEMPTS=5  # that began at the same point: a job whose time is too short for any progress fails then
 
-# Run a script on every GPU of every node. A rank that fails ends them all.
+# Run a script on every GPU of every node. A rank that fails ends them all. Without `--` the launchers would read the
+# script's own `--num` as one of theirs, cut short.
 on_nodes() {
     local everywhere=(srun --kill-on-bad-exit=1 "${CONTAINER[@]}")
     case $LAUNCHER in
     torchrun)
         "${everywhere[@]}" torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$PROCESSES" --rdzv-backend=c10d \
-            --rdzv-endpoint="$HEAD:$PORT" --rdzv-id="$SLURM_JOB_ID.$ATTEMPT" "$@"
+            --rdzv-endpoint="$HEAD:$PORT" --rdzv-id="$SLURM_JOB_ID.$ATTEMPT" -- "$@"
         ;;
     deepspeed)  # one on each node, by a hostfile: with its own `--launcher slurm` no process learns its rank
         scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$PROCESSES/" > "$MEDE2_SIGNAL_FOLDER/hostfile"
         # shellcheck disable=SC2016
         "${everywhere[@]}" bash -c 'exec deepspeed --no_ssh --node_rank="$SLURM_NODEID" "$@"' _ \
-            --hostfile="$MEDE2_SIGNAL_FOLDER/hostfile" --master_addr="$HEAD" --master_port="$PORT" "$@"
+            --hostfile="$MEDE2_SIGNAL_FOLDER/hostfile" --master_addr="$HEAD" --master_port="$PORT" -- "$@"
         ;;
     *)
         echo "LAUNCHER=$LAUNCHER: must be torchrun or deepspeed" >&2

@@ -18,4 +18,4 @@ ARGUMENTS=(--train pairs.jsonl --save-every 100)  # launch/stage2.py --help
 set -euo pipefail
 exec "$VENV/bin/torchrun" --nnodes="$MACHINES" --node-rank="${1:?the number of this machine}" \
     --nproc-per-node="$PROCESSES" --master-addr="$HEAD" --master-port="$PORT" \
-    "launch/stage$STAGE.py" --ds "$DS" --output "$OUTPUT" "${ARGUMENTS[@]}"
+    -- "launch/stage$STAGE.py" --ds "$DS" --output "$OUTPUT" "${ARGUMENTS[@]}"
