@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from mede2.trainer import other_world
+from mede2.trainer import other_world, watchdog
 from mede2.trainer.checkpoint_writing import Writing, on_disk
 from mede2.trainer.engine import Engine
 from mede2.trainer.files import hash_file, write_json
@@ -161,20 +161,21 @@ class Checkpoints:
         if not self._begun:
             return
         (writing, marker), self._begun = self._begun, None
+        watchdog.phase(f"completing the checkpoint of update {marker['step']}")
         writing.wait()
         parts = self.world.gather((writing.files, writing.problem))
         with self._refusals(writing.folder, marker["step"]):
             self.world.on_main(lambda: self._complete(writing.folder, marker, parts))
 
     def _make_room(self, partial: Path, least: int) -> None:
-        self._check_owner()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._clear()
+        self.folder.mkdir(parents=True, exist_ok=True)
         _check_room(self.folder, least)
         partial.mkdir()
 
     def _clear(self) -> None:
         """Delete what a run left that was killed while it wrote or deleted, or was thought dead and is still at it."""
+        self._check_owner()
         for left in self.folder.glob(".step-*.partial"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -187,9 +188,11 @@ class Checkpoints:
         write_json(partial / MARKER, marker | {"files": dict(sorted(files.items()))})
         self._check_owner()
         final = self.folder / _name(marker["step"])
+        aside = partial.with_name(f".{final.name}.old.partial")
         if final.exists():  # of an earlier run through the same step
-            _delete(final)
+            os.rename(final, aside)
         os.rename(partial, final)
+        shutil.rmtree(aside, ignore_errors=True)
         _delete_old(self.folder, marker["step"], self.keep, self.keep_every, self.owner)
 
     def _check_owner(self) -> None:

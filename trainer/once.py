@@ -60,7 +60,7 @@ def _with_features(run: Prepared, folder: Path, models: _Models) -> Prepared:
     for name, batches in run.sets.items():
         if batches.dataset.has_images:
             components = _components(run, batches) | {"weights": run.identity["model"]}
-            features = run.world.on_main(lambda components=components: read_features(folder, components))
+            features = run.world.on_main(lambda parts=components, of=batches: read_features(folder, parts, of))
             if features is None:
                 run.world.say(f"image features of the {name} records: computing, into {folder}")
                 features = compute_features(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.serialization import config as serialization
 
+from mede2.trainer import watchdog
 from mede2.trainer.engine import Engine
 from mede2.trainer.world import World
 
@@ -55,7 +56,7 @@ def convert(path: Path, step: int, folder: Path, world: World) -> Path:
     def start() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*.universal-*.partial"):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
         _check_room(path, folder)
         partial = Path(tempfile.mkdtemp(prefix=f".step-{step:06d}.universal-", suffix=".partial", dir=folder))
         num_workers = str(_num_workers(path))
@@ -86,7 +87,9 @@ def convert(path: Path, step: int, folder: Path, world: World) -> Path:
     try:
         partial = world.on_main(start)
         while (code := world.on_main(wait)) is None:
-            pass
+            watchdog.phase(f"converting {path}")
+            world.stop_if_asked("while a checkpoint was converted")
+        world.stop_if_asked("while a checkpoint was converted")  # which the same signal may have ended
     finally:
         for process in running:
             if process.poll() is None:

@@ -10,11 +10,11 @@ import torch
 
 from mede2.trainer import watchdog
 from mede2.trainer.between import Between
-from mede2.trainer.checkpoint import load_checkpoint
+from mede2.trainer.checkpoint import Checkpoint, load_checkpoint
 from mede2.trainer.data.batches import Feed
 from mede2.trainer.data.dataset import write_bad_rows
 from mede2.trainer.demo import defaults
-from mede2.trainer.engine import Engine, check_nvme, make_optimizer
+from mede2.trainer.engine import Engine, NonFiniteUpdate, check_nvme, make_optimizer
 from mede2.trainer.export import compare, export, model_card, publish
 from mede2.trainer.files import write_json, write_text
 from mede2.trainer.loop import train
@@ -59,12 +59,25 @@ def run_stage(resolved: Resolved, deepspeed_file: str, world: World) -> Path | N
         return None
     watchdog.phase("looking for a checkpoint")
     owner = world.on_main(lambda: Ownership(output))
-    world.on_main(owner.check_free)
+    former = world.on_main(owner.check_free)
+    if former and owner.ours.succeeds(former) and run.settings.resume != "auto":  # its first start has done that
+        world.say(f"resume: auto, not {run.settings.resume}: this is a later start of job {former.job}")
+        run = dataclasses.replace(run, resolved=run.resolved.replaced("a later start of the job", resume="auto"))
     checkpoint = find_checkpoint(run, owner)
     check_nvme(run.config, resumes=checkpoint is not None)
     if checkpoint is None and world.on_main((output / SUMMARY).exists):
         world.say(f"{output} holds this very run, done; --resume never runs it again")
         return output
+    try:
+        return _carry_out(run, checkpoint, owner, started)
+    except StopRequested:
+        world.on_main(owner.release)
+        raise
+
+
+def _carry_out(run: Prepared, checkpoint: Checkpoint | None, owner: Ownership, started: float) -> Path:
+    """Train, export, sum up; `started` is the clock at the start of the run."""
+    world, output = run.world, run.output
     world.on_main(lambda: owner.write(lambda: _write_inputs(run)))
     if run.settings.wandb:
         world.on_main(lambda: start_wandb(run.settings, output, STAGE_NAMES[run.stage]))
@@ -122,6 +135,7 @@ def _start_from_stage1(resolved: Resolved, deepspeed_file: str, output: Path, wo
 def _write_inputs(run: Prepared) -> None:
     run.output.mkdir(parents=True, exist_ok=True)
     write_json(run.output / "identity.json", run.identity)  # first: a folder with other files and without it is refused
+    (run.output / SUMMARY).unlink(missing_ok=True)  # of the run that goes on from one of its checkpoints
     write_text(run.output / "settings.yaml", settings_yaml(run.resolved))
     if run.train.dataset.bad_rows:
         run.world.say(f"skipped rows are listed in {write_bad_rows(run.train.dataset, run.output)}")
@@ -173,9 +187,8 @@ def _train(
             before_update=between.before_update, after_update=between.after_update,
         )  # fmt: skip
         between.checkpoints.finish()
-    except StopRequested:
+    except (StopRequested, NonFiniteUpdate):  # which all ranks raise
         between.checkpoints.finish()
-        run.world.on_main(owner.release)
         raise
     finally:
         between.close()

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 DONE, FAILED, USER_ERROR, REQUEUE = 0, 1, 2, 75  # 75: EX_TEMPFAIL of sysexits.h, "try again later"
@@ -64,10 +64,12 @@ class Watcher:
             self._asked = ASKED_BY.index("the end of the job's time")
         if not self._asked and folder and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + POLL_S
-            if (Path(folder) / STOP_FILE).exists():
-                self._asked = ASKED_BY.index("the stop file")
+            with suppress(OSError):  # one rank must not fail alone because a shared disk does
+                if (Path(folder) / STOP_FILE).exists():
+                    self._asked = ASKED_BY.index("the stop file")
         if self._asked and folder and not self._told:
-            (Path(folder) / STOP_FILE).touch()
+            with suppress(OSError):
+                (Path(folder) / STOP_FILE).touch()
             self._told = True
         return self._asked
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
+from mede2.trainer import watchdog
 from mede2.trainer.stopping import ASKED_BY, StopRequested, watcher
 
 Result = TypeVar("Result")
@@ -75,6 +76,7 @@ class World:
         """Raise StopRequested on every rank if any of them was asked to stop. All ranks call it, where nothing that
         was done would be lost; `where` says so to people."""
         if who := self.asked_to_stop():
+            watchdog.phase("stopping")
             raise StopRequested(f"stopped by {who} {where}")
 
     def __enter__(self) -> "World":

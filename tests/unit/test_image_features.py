@@ -1,5 +1,6 @@
 """Features of a frozen vision tower in place of images: the same log-probabilities, for every family and layout."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,7 +96,7 @@ def test_features_give_the_log_probabilities_of_the_images(policy, batches, layo
     got = logps(policy, with_features)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
-    broken = with_images.with_features(read_features(tmp_path, COMPONENTS))
+    broken = with_images.with_features(read_features(tmp_path, COMPONENTS, with_images))
     monkeypatch.setattr(type(broken.collator.features), "__call__", _zeros(broken.collator.features))
     for wrong, right in zip(logps(policy, broken), want, strict=True):
         assert (wrong - right).abs().max() > 1e-3, "the features do not matter, so the test proves nothing"
@@ -132,30 +133,58 @@ def test_all_families_take_features(policy):
 
 
 @pytest.fixture
-def computed(policy, batches, tmp_path) -> Path:
-    compute(policy, batches("shared"), tmp_path)
+def shared(batches) -> Batches:
+    return batches("shared")
+
+
+@pytest.fixture
+def computed(policy, shared, tmp_path) -> Path:
+    compute(policy, shared, tmp_path)
     return features_path(tmp_path, COMPONENTS)
 
 
-def test_another_component_is_another_folder(computed):
-    assert read_features(computed.parent, COMPONENTS).folder == computed
-    assert read_features(computed.parent, COMPONENTS | {"weights": "other"}) is None
+def test_another_component_is_another_folder(computed, shared):
+    assert read_features(computed.parent, COMPONENTS, shared).folder == computed
+    assert read_features(computed.parent, COMPONENTS | {"weights": "other"}, shared) is None
     assert [path.name for path in computed.parent.iterdir()] == [computed.name], "a partial folder was left"
 
 
-def test_features_made_from_something_else_are_refused_by_name(computed):
+def test_features_made_from_something_else_are_refused_by_name(computed, shared):
     others = COMPONENTS | {"weights": "c3"}
     computed.rename(features_path(computed.parent, others))
     with pytest.raises(ValueError, match=r"made from another weights; delete .*image_features"):
-        read_features(computed.parent, others)
+        read_features(computed.parent, others, shared)
 
 
 @pytest.mark.parametrize("keep", [0, 40, -8], ids=["empty", "half_a_header", "cut"])
-def test_a_damaged_file_is_refused(computed, keep):
+def test_a_damaged_file_is_refused(computed, shared, keep):
     (file,) = computed.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"image features .*rank-00000\.safetensors: damaged"):
-        read_features(computed.parent, COMPONENTS)
+    with pytest.raises(ValueError, match=r"image features .*rank-00000-00000\.safetensors: damaged"):
+        read_features(computed.parent, COMPONENTS, shared)
+
+
+def test_features_that_lack_a_row_are_refused(policy, shared, tmp_path):
+    """As where two runs had written one folder."""
+    row = next(index for index, example in enumerate(shared.dataset.examples) if not example.images)
+    compute(policy, shared, tmp_path)
+    other = dataclasses.replace(shared.dataset.examples[row], images=shared.dataset.examples[row - 1].images)
+    examples = [*shared.dataset.examples[:row], other, *shared.dataset.examples[row + 1 :]]
+    larger = dataclasses.replace(shared, dataset=dataclasses.replace(shared.dataset, examples=examples))
+    with pytest.raises(ValueError, match=rf"stage2\.jsonl:{row + 1} are missing; delete it"):
+        read_features(tmp_path, COMPONENTS, larger)
+
+
+def test_files_are_written_as_they_grow_and_a_second_run_changes_nothing(policy, shared, tmp_path, monkeypatch):
+    monkeypatch.setattr("mede2.trainer.image_features.FLUSH_BYTES", 0)
+    sampler = dataclasses.replace(shared.sampler, batch=BatchArithmetic(2, 2, 1))
+    shared = dataclasses.replace(shared, sampler=sampler)
+    folder = compute(policy, shared, tmp_path).folder
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert len(files) > 1
+    assert compute(policy, shared, tmp_path).folder == folder
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_a_full_disk_is_told_before_the_pass(policy, batches, tmp_path, monkeypatch):

@@ -45,19 +45,19 @@ def examine(output: Path, need_gib: float, model: str | None) -> list[str]:
 
     from mede2.trainer.doctor.ranks import bandwidth, clocks, shared
 
-    mine = [(socket.gethostname(), check_node(output, need_gib, model))] if world.local_rank == 0 else []
-    report(of_all_nodes([node for part in world.gather(mine) for node in part]))
-    report([clocks(world), bandwidth(world)])
-    if "output" not in report.failed:
-        report([shared(world, output)])
-    if set(SHARED_CHECKS) & set(report.failed):
-        report([Finding("step", WARN, "not tried, for want of a folder that all ranks can write and read")])
-    else:
-        from mede2.trainer.doctor.step import training_step
+    with world:
+        mine = [(socket.gethostname(), check_node(output, need_gib, model))] if world.local_rank == 0 else []
+        report(of_all_nodes([node for part in world.gather(mine) for node in part]))
+        report([clocks(world), bandwidth(world)])
+        if "output" not in report.failed:
+            report([shared(world, output)])
+        if set(SHARED_CHECKS) & set(report.failed):
+            report([Finding("step", WARN, "not tried, for want of a folder that all ranks can write and read")])
+        else:
+            from mede2.trainer.doctor.step import training_step
 
-        name = world.on_main(lambda: f".doctor-step-{os.getpid()}")
-        report([training_step(world, output / name)])
-    world.leave()
+            name = world.on_main(lambda: f".doctor-step-{os.getpid()}")
+            report([training_step(world, output / name)])
     return report.failed
 
 
