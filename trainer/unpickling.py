@@ -11,6 +11,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pickle import UnpicklingError
 
 import torch
@@ -22,6 +23,14 @@ CLASSES = (  # of DeepSpeed, in its own files; they hold plain values and do not
     "deepspeed.runtime.zero.config:ZeroStageEnum",
     "deepspeed.utils.tensor_fragment:fragment_address",
 )
+
+
+def _member(of: type, name: str) -> Enum:
+    """What stands in for `getattr`, by which Python 3.11 pickled the members of enumerations until 3.11.4, and which
+    could fetch anything from anything."""
+    if not (isinstance(of, type) and issubclass(of, Enum)):
+        raise UnpicklingError(f"Unsupported global: GLOBAL getattr of {of!r:.80}")
+    return of[name]
 
 
 @contextmanager
@@ -37,7 +46,8 @@ def tensors_only(where: object) -> Iterator[None]:
     before = os.environ.get(FORCED)
     os.environ[FORCED] = "1"
     try:
-        with torch.serialization.safe_globals([pkgutil.resolve_name(name) for name in CLASSES]):
+        classes = [pkgutil.resolve_name(name) for name in CLASSES]
+        with torch.serialization.safe_globals([*classes, (_member, "builtins.getattr")]):
             yield
     except UnpicklingError as error:
         named = NAMED.search(str(error))

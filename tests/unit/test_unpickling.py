@@ -60,6 +60,29 @@ def test_what_deepspeed_writes_is_read(save):
     assert torch.equal(read["flat"], written["flat"])
 
 
+class Fetches:
+    """What getattr fetches of an object; enumerations are pickled so by Python 3.11.2, but nothing else."""
+
+    def __init__(self, of, name: str):
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def test_members_of_enumerations_are_fetched_and_nothing_else(save):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    file = save({"stage": Fetches(ZeroStageEnum, "gradients")})
+    with tensors_only(file):
+        assert torch.load(file, weights_only=False)["stage"] is ZeroStageEnum.gradients
+    for of, name in ((LossScaler, "__init__"), (ZeroStageEnum, "mro"), ([1], "append")):
+        file = save({"stage": Fetches(of, name)})
+        with pytest.raises((ValueError, KeyError)), tensors_only(file):
+            torch.load(file, weights_only=False)
+
+
 def test_only_within(save, monkeypatch):
     file = save({"path": Path("/")})
     monkeypatch.delenv(FORCED, raising=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from harness import DS_CONFIGS, applied_gradients, main, make_batches, make_engine, make_settings, no_hook
 
-from mede2.trainer import run
+from mede2.trainer import once, run
 from mede2.trainer.engine import Engine
 from mede2.trainer.loop import train
 from mede2.trainer.moved import MovedCheck, NotMoved
@@ -144,11 +144,11 @@ def watched_engines(name: str):
             opened.append(self)
             ENGINES.setdefault(name, []).append((others, self.deepspeed.zero_optimization_stage()))
 
-    run.Engine = Watched
+    run.Engine = once.Engine = Watched
     try:
         yield
     finally:
-        run.Engine = Engine
+        run.Engine = once.Engine = Engine
 
 
 def whole_run(world: World, job: dict, name: str, **more) -> str:
