@@ -266,7 +266,8 @@ def write_model(folder: Path) -> None:
     config = AutoConfig.from_pretrained(BASE_MODEL)
     config.text_config.num_hidden_layers, config.text_config.layer_types = 1, config.text_config.layer_types[:1]
     config.vision_config.depth, config.vision_config.fullatt_block_indexes = 1, [0]
-    AutoModelForImageTextToText.from_pretrained(BASE_MODEL, config=config).save_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(BASE_MODEL, config=config, use_safetensors=True)
+    model.save_pretrained(folder)
     save_processor(BASE_MODEL, folder, None)
 
 

@@ -1,5 +1,6 @@
 """Submit the batch scripts of launch/slurm/ to SLURM, filled in; `--dry-run` prints them."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -84,6 +85,7 @@ STAGE_OPTIONS = (
     click.option("--recipe", type=FILE, help="Settings as YAML."),
     click.option("--output", metavar="FOLDER", help="On a disk that all nodes share."),
 )
+DECIDES = re.compile("--recipe|--save-every|(--set=)?save_every=")
 PASSED_ON = {"ignore_unknown_options": True, "show_default": True}
 
 
@@ -200,7 +202,7 @@ def pairs_script(
     cases: str, model: str | None, output: str | None, arguments: Sequence[str], job: Mapping[str, Any]
 ) -> str:
     check(sample_command, ["--cases", cases, "--model", "any", "--output", "any", *arguments])
-    return filled("pairs", job, {"CASES": cases, "MODEL": model, "OUTPUT": output, "ARGUMENTS": list(arguments)})
+    return filled("pairs", job, {"CASES": cases, "MODEL": model, "OUTPUT": output, "ARGUMENTS": arguments or None})
 
 
 def evaluate_script(
@@ -209,12 +211,14 @@ def evaluate_script(
 ) -> str:  # fmt: skip
     given = [f"--model={model}" for model in models] + [f"--benchmark={benchmark}" for benchmark in benchmarks]
     check(evaluate_command, [*given, "--output", "any", *arguments])
-    settings = {"MODELS": models, "BENCHMARKS": benchmarks, "OUTPUT": output, "ARGUMENTS": list(arguments)}
+    settings = {"MODELS": models, "BENCHMARKS": benchmarks, "OUTPUT": output, "ARGUMENTS": arguments or None}
     return filled("evaluate", job, settings)
 
 
 def with_recipe(recipe: str | None, arguments: Sequence[str]) -> list[str]:
-    return [*(["--recipe", recipe] if recipe else []), *arguments]
+    """Arguments of a stage; checkpoints as often as the script says, unless a recipe or an argument decides."""
+    given = [*(["--recipe", recipe] if recipe else []), *arguments]
+    return given if any(DECIDES.match(argument) for argument in given) else [*given, "--save-every", "100"]
 
 
 def check_stage(stage: int, ds: str, recipe: str | None, arguments: Sequence[str]) -> None:

@@ -55,14 +55,14 @@ job() {
     if [ "$code" = "$REQUEUE" ] || [ -e "$MEDE2_SIGNAL_FOLDER/requeue" ]; then
         requeue
     elif [ "$code" = 0 ]; then
-        rm -r "$SIGNALS"
+        rm -rf "$SIGNALS" || true  # NFS may keep a file that is still open
     fi
     exit "$code"
 }
 
 requeue() {
     local attempts
-    if [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
+    if [ "$(squeue --noheader --job="$JOB" --format=%T)" != RUNNING ]; then
         echo "job.sh: not requeued here: SLURM itself is ending the job, for good or for later" >&2
         return
     fi
@@ -72,7 +72,7 @@ requeue() {
         exit 1
     fi
     echo "job.sh: requeued after attempt $ATTEMPT"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$JOB"
 }
 
 # A line that changes with the names and the dates of the files in PROGRESS, half-written ones left out.
@@ -83,13 +83,17 @@ progress() {
 
 # A time of this job, %S (start) or %e (end), in seconds since 1970; nothing where it has no end.
 time_of_job() {
-    date --date="$(squeue --noheader --job="$SLURM_JOB_ID" --format="$1")" +%s 2> /dev/null || true
+    local time
+    time=$(squeue --noheader --job="$JOB" --format="$1") || true
+    [ -z "$time" ] || date --date="$time" +%s 2> /dev/null || true
 }
 
 if [ -n "$VENV" ]; then
     [ -x "$VENV/bin/python" ] || { echo "VENV=$VENV: no python environment in $PWD" >&2 && exit 2; }
     PATH=$(cd "$VENV" && pwd)/bin:$PATH
 fi
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}  # a task's own: the last one of an array has the id of them all
 ATTEMPT=${SLURM_RESTART_COUNT:-0}
 PROCESSES=${SLURM_GPUS_ON_NODE:-1}      # on each node; one where it has no GPU
 PORT=$((10000 + SLURM_JOB_ID % 20000))  # of this job alone, below those that systems hand out

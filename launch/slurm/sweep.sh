@@ -21,6 +21,7 @@ OUTPUT=runs/sweep  # of all; member 0 writes runs/sweep/0
 ARGUMENTS=(--model runs/stage1 --train pairs.jsonl --save-every 100)  # of all
 MEMBERS=('--beta 0.1' '--beta 0.2 --learning-rate 5e-6')  # as many as --array says; quotes as in a shell
 
+[ "$SLURM_ARRAY_TASK_ID" -lt "${#MEMBERS[@]}" ] || { echo "--array: no member $SLURM_ARRAY_TASK_ID" >&2 && exit 2; }
 mapfile -t member < <(xargs -r -n 1 printf '%s\n' <<< "${MEMBERS[SLURM_ARRAY_TASK_ID]}")
 OUTPUT=$OUTPUT/$SLURM_ARRAY_TASK_ID
 PROGRESS=("$OUTPUT/checkpoints" "$(dirname "$OUTPUT")/reference_cache")

@@ -147,20 +147,21 @@ def test_whatever_interrupts_a_job_it_ends_with_the_weights_of_an_undisturbed_ru
 
 
 def test_a_sweep_is_an_array_whose_tasks_are_interrupted_alone(cluster, submit, folder, training, undisturbed):
-    """With DeepSpeed's launcher. Member 0 has the settings of the undisturbed run, 1 has another beta."""
+    """With DeepSpeed's launcher. Member 0 has another beta, 1 the settings of the undisturbed run; as the last task of
+    the array it has the job id of them all."""
     output = folder / "sweep"
-    members = ("--member", "--beta 0.1", "--member", "--beta '0.2'")
+    members = ("--member", "--beta '0.2'", "--member", "--beta 0.1")
     (array,) = submit("sweep", "--launcher", "deepspeed", "--output", str(output), *members, *training)
-    cluster.wait_for(lambda: num_updates(output / "0") >= 3, "update 3 of task 0")
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{array}_0")
+    cluster.wait_for(lambda: num_updates(output / "1") >= 3, "update 3 of task 1")
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{array}_1")
     for task in (f"{array}_0", f"{array}_1"):
         cluster.wait_for_end(task)
     logs = [path.read_text() for path in sorted(folder.glob("sweep-*.out"))]
     jobs = [cluster.job(f"{array}_{task}") for task in range(2)]
     assert [job["JobState"] for job in jobs] == ["COMPLETED", "COMPLETED"], logs
-    assert [job["Restarts"] for job in jobs] == ["1", "0"]
-    assert weights(output / "0") == undisturbed
-    assert weights(output / "1") != undisturbed
+    assert [job["Restarts"] for job in jobs] == ["0", "1"]
+    assert weights(output / "1") == undisturbed
+    assert weights(output / "0") != undisturbed
     assert steps(output / "0") == steps(output / "1") == list(range(1, NUM_STEPS + 1))
 
 

@@ -53,7 +53,7 @@ def test_a_conversion_that_fails_says_why_and_leaves_nothing(tmp_path, world):
     for folder in (checkpoint, left):
         folder.mkdir()
     (checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"no pickle")
-    with pytest.raises(ValueError, match=r"^resume: .*step-000002 cannot be converted .* \(.*Unpickl"):
+    with pytest.raises(ValueError, match=r"^resume: .*step-000002 cannot be converted .* \(.*holds more than tensors"):
         convert(checkpoint, 2, tmp_path, world)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 

@@ -140,8 +140,18 @@ def test_odd_paths_arrive_as_they_are(dry):
     train = [word for odd in ODD for word in ("--train", odd)]
     script = dry("stage1", "--output", "runs/it's $HERE  # yes", "--container", "run 'my image.sif' \"$X\"", *train)
     assert settings(script, "OUTPUT", "CONTAINER", "ARGUMENTS") == [
-        ["runs/it's $HERE  # yes"], ["run", "my image.sif", "$X"], train,
+        ["runs/it's $HERE  # yes"], ["run", "my image.sif", "$X"], [*train, "--save-every", "100"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [["--save-every", "7"], ["--set", "save_every=7"], ["--save-every=7"]])
+def test_checkpoints_come_as_often_as_somebody_says(dry, given):
+    assert settings(dry("stage1", *given), "ARGUMENTS") == [given]
+
+
+def test_what_is_not_given_stays(dry):
+    script = dry("pairs", "--cases", CASES)
+    assert settings(script, "ARGUMENTS") == [["--num", "8"]]
 
 
 def test_no_gpus_is_no_line(dry):
@@ -156,7 +166,7 @@ def test_the_members_of_a_sweep_are_the_tasks_of_an_array(dry):
     assert "output=%x-%A_%a.out" in directives(script)
     for task, arguments in enumerate([["--beta", "0.1"], ["--set", objective], []]):
         told = settings(f"SLURM_ARRAY_TASK_ID={task}\n{script}", "member", "OUTPUT", "ARGUMENTS")
-        assert told == [arguments, [f"runs/s/{task}"], ["--model", "m"]]
+        assert told == [arguments, [f"runs/s/{task}"], ["--model", "m", "--save-every", "100"]]
 
 
 def test_a_chain_hands_each_what_the_one_before_writes(dry):
@@ -177,7 +187,7 @@ def test_a_chain_hands_each_what_the_one_before_writes(dry):
         ["runs/c/stage1"], [CASES], ["runs/c/pairs"], ["--num", "2"],
     ]  # fmt: skip
     assert settings(scripts[2], "OUTPUT", "ARGUMENTS") == [
-        ["runs/c/stage2"], ["--train", "runs/c/pairs/pairs.jsonl", "--beta", "0.3"],
+        ["runs/c/stage2"], ["--train", "runs/c/pairs/pairs.jsonl", "--beta", "0.3", "--save-every", "100"],
     ]  # fmt: skip
     assert settings(scripts[3], "MODELS", "BENCHMARKS", "OUTPUT", "ARGUMENTS") == [
         ["Stage I=runs/c/stage1", "Stage II=runs/c/stage2"], ["cases=h.jsonl"], ["runs/c/evaluation"],

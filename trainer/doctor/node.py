@@ -5,9 +5,12 @@ import os
 import platform
 import shutil
 import socket
+import tempfile
 import time
+import urllib.request
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import torch
@@ -37,7 +40,7 @@ def check_node(output: Path, need_gib: float, model: str | None) -> list[Finding
     """
     return [
         versions(), gpus(), writing(output, need_gib), openness(output),
-        scratch("/tmp", "compilers and data need it; set TMPDIR to a larger disk"),
+        scratch(tempfile.gettempdir(), "compilers and data need it; set TMPDIR to a larger disk"),
         scratch("/dev/shm", "ranks and data workers talk through it; a container wants --shm-size=8g or --ipc=host"),
         clock(), models(model),
     ]  # fmt: skip
@@ -184,9 +187,12 @@ def models(model: str | None) -> Finding:
             "models", FAIL, f"{model} is no folder and not among the {where}; HF_HUB_OFFLINE, so nothing else",
             f"where there is a network: hf download {model}",
         )  # fmt: skip
-    host = constants.ENDPOINT.partition("://")[2].partition("/")[0]
+    if proxy := urllib.request.getproxies().get(urlsplit(constants.ENDPOINT).scheme):
+        return Finding("models", OK if cached else WARN, f"{where}; the rest by the proxy {proxy}, which is not asked")
+    address = urlsplit(constants.ENDPOINT)
+    host, port = address.hostname, address.port or (80 if address.scheme == "http" else 443)
     try:
-        socket.create_connection((host, 443), HUB_TIMEOUT_S).close()
+        socket.create_connection((host, port), HUB_TIMEOUT_S).close()
     except OSError as error:
         return Finding(
             "models", WARN if cached else FAIL, f"{where}; {host} cannot be reached ({error})",

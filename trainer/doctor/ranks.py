@@ -30,7 +30,8 @@ def clocks(world: World) -> Finding:
 
 def shared(world: World, output: Path) -> Finding:
     """Whether what rank 0 writes into the output folder is seen, and alike, by all ranks."""
-    token, path = world.on_main(lambda: uuid4().hex), output / ".doctor-shared"
+    token = world.on_main(lambda: uuid4().hex)
+    path = output / f".doctor-shared-{token}"
     world.on_main(lambda: path.write_text(token))
     deadline = time.monotonic() + SEEN_WITHIN_S
     while not (seen := _holds(path, token)) and time.monotonic() < deadline:
