@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -164,6 +165,7 @@ def fail(message: str, code: int = USER_ERROR) -> NoReturn:
     """Print one error, without what is secret in it, and exit with `code`. Rank 0 has the first word; when another
     rank is still there after a while, the fault is its own and it speaks itself."""
     if _rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which launchers end the others; nothing is left to stop
         time.sleep(PATIENCE_S)
     click.echo(f"Error: {without_secrets(message)}", err=True)
     sys.exit(code)

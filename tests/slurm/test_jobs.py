@@ -171,8 +171,8 @@ def test_a_chain_goes_from_stage_one_to_the_report(cluster, submit, folder, demo
     from mede2.trainer.demo.records import write_cases, write_stage1
 
     records = write_stage1(folder / "demonstrations", 320, seed=5)
-    cases = write_cases(folder / "cases" / "cases.jsonl", 40, seed=3, split="stage2")
     runs = folder / "chain"
+    cases = write_cases(runs / "pairs" / "cases.jsonl", 40, seed=3, split="stage2")  # no images from elsewhere
     common = ["--max-length", "512", "--set", "num_workers=0", "--save-every", "10"]
     of_stage1 = [
         "--model", "trainer/demo/base", "--train", str(records), "--epochs", "2", "--micro-batch-size", "16",
