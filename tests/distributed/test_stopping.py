@@ -50,8 +50,8 @@ def test_a_stop_is_noticed_in_its_phase_by_every_rank_and_nothing_is_lost(runs, 
 def test_the_reference_pass_goes_on_where_it_was_stopped(runs):
     for of_rank in runs[1]:
         assert of_rank["loading"]["cache"] == []
-        assert of_rank["reference"]["cache"] == [".unfinished"]
-        assert of_rank["training"]["cache"] == [".safetensors"]
+        assert of_rank["reference"]["cache"] == [".image_features", ".unfinished"]
+        assert of_rank["training"]["cache"] == [".image_features", ".safetensors"]
 
 
 def metrics(folder: Path) -> list[dict]:
