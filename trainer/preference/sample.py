@@ -31,8 +31,8 @@ def write_samples(output: Path, jobs: Sequence[Job], answers: Sequence[Row], mod
 
 HELP = """K answers of a model to each case.
 
-Without --base-url the model runs here, in transformers; `torchrun --nproc_per_node 8 launch/pairs.py sample ...` shares
-the answers out over ranks. With it an OpenAI-compatible server (vLLM, SGLang) is asked.
+Without --base-url the model runs here, in transformers; `torchrun --nproc_per_node 8 -- launch/pairs.py sample ...`
+shares the answers out over ranks. With it an OpenAI-compatible server (vLLM, SGLang) is asked.
 
 Finished answers lie in .OUTPUT.journal/ beside the output, under the hash of all that they depend on, so the same
 command again continues where it was stopped, and costs nothing when all are there. Only an answer whose reply was still
