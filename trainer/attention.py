@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mede2.trainer.sequence_parallel import SequenceGroup, local_heads
+
 BRANCHED = "mede2_branched_sdpa"  # our attention's name in transformers
 
 
@@ -97,6 +99,7 @@ def branched_attention(
     attention_mask: Tensor | None,
     *,
     spans: tuple[Span, ...] | None = None,
+    sharing: SequenceGroup | None = None,
     **options,
 ) -> tuple[Tensor, None]:
     """sdpa as `branch_mask` would have it, but with no mask for a prefix and its first answer, and none of T x T.
@@ -110,11 +113,16 @@ def branched_attention(
         key, value: (R, key-value heads, T, D).
         attention_mask: of transformers, None.
         spans: from `spans_of`; None where plain causal attention is right.
+        sharing: the ranks that hold T / S tokens each; `spans` are of the whole rows.
         options: of transformers' sdpa.
 
     Returns:
         (R, T, heads, D), and None for the weights.
     """
+    if sharing is not None:
+        query, key, value = sharing.to_heads(query, key, value)
+        found, _ = branched_attention(local_heads(query, key), query, key, value, None, spans=spans, **options)
+        return sharing.to_tokens(found), None
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     rows: list[list[Tensor]] = [[] for _ in query]

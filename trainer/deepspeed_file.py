@@ -87,6 +87,7 @@ def fill_deepspeed_config(
                 f'--ds: {field} is {given}, but must be {value} by {setting}; write "auto" or make them agree'
             )
         _put(filled, field, value)
+    filled["train_batch_size"] = batch.global_batch_size * batch.sequence_parallel_size  # by its count of the ranks
     swaps = [f"zero_optimization.offload_{what}" for what in ("optimizer", "param")]
     swaps = [f"{section}.nvme_path" for section in swaps if get_field(filled, f"{section}.device") == "nvme"]
     unset = [field for field in swaps if get_field(filled, field) in ("auto", None)]

@@ -65,7 +65,8 @@ def read_features(folder: Path, components: dict[str, str], batches: Batches) ->
 def compute_features(
     engine: Engine, batches: Batches, folder: Path, components: dict[str, str], progress: Callable
 ) -> ImageFeatures:
-    """Run the vision tower over the images of a data set, each rank over its share, and keep what it gives.
+    """Run the vision tower over the images of a data set, each rank over its share, and keep what it gives; of ranks
+    that share their micro-batches one keeps it.
 
     A rank writes a file whenever it holds FLUSH_BYTES. Several runs may compute the same at once; the first serves all.
 
@@ -81,6 +82,7 @@ def compute_features(
         StopRequested: on every rank; the pass begins anew.
     """
     world, path = engine.world, features_path(folder, components)
+    keeps = world.rank % batches.sampler.batch.sequence_parallel_size == 0
     partial = world.on_main(lambda: _make_folder(path, _num_bytes(engine, batches)))
     metadata, number, problem = {"components": json.dumps(components)}, 0, ""
     share: dict[str, Tensor] = {}
@@ -93,9 +95,11 @@ def compute_features(
             for micro_batch in feed.micro_batches(step):
                 micro_batch = micro_batch.to(world.device, engine.dtype)
                 features = engine.image_features(micro_batch).cpu()
+                if not keeps:
+                    continue
                 grids = micro_batch.inputs.get("image_grid_thw")
                 share |= _by_example(features, None if grids is None else grids.cpu(), batches, micro_batch.indices)
-            if step + 1 == len(steps) or sum(tensor.nbytes for tensor in share.values()) > FLUSH_BYTES:
+            if keeps and (step + 1 == len(steps) or sum(tensor.nbytes for tensor in share.values()) > FLUSH_BYTES):
                 watchdog.phase("writing image features")
                 try:
                     save_file(share, partial / f"rank-{world.rank:05d}-{number:05d}.safetensors", metadata)

@@ -17,7 +17,9 @@ from mede2.kernels.logps import linear_logps
 from mede2.trainer.activations import Offload
 from mede2.trainer.adapters import add_adapter, is_adapter, targets
 from mede2.trainer.attention import BRANCHED, branch_mask, spans_of
+from mede2.trainer.sequence_parallel import SequenceGroup
 from mede2.trainer.settings import Settings
+from mede2.trainer.tiled_mlp import tile_mlps
 
 PARTS = ("language_model", "vision_tower", "merger")
 VISION_NAMES = ("visual", "vision_tower")  # Qwen; InternVL and most others
@@ -44,9 +46,9 @@ class Policy(nn.Module):
     fused operation and free it after.
     """
 
-    def __init__(self, model: nn.Module, implementation: str):
+    def __init__(self, model: nn.Module, implementation: str, sharing: SequenceGroup | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.sharing = model, sharing
         head = model.get_output_embeddings()
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
@@ -62,6 +64,8 @@ class Policy(nn.Module):
         text_config = model.config.get_text_config()
         if text_config._attn_implementation == "sdpa" and not has_sliding_layers(text_config):
             text_config._attn_implementation = BRANCHED  # of the language model only
+        if sharing:
+            sharing.shard(model.model.language_model)
 
     def forward(
         self, inputs: Mapping[str, Tensor], branches: Tensor | None = None, rows: Tensor | None = None,
@@ -77,11 +81,16 @@ class Policy(nn.Module):
                 gradient comes back to each (`groups` of `linear_logps`).
 
         Returns:
-            (N,) fp32.
+            (N,) fp32; on every rank the same, where several share the micro-batch.
         """
         if rows is None:
             return self.image_features(inputs)
-        return self.model.get_output_embeddings()(self.answer_states(inputs, branches, rows), targets, sequence)
+        head = self.model.get_output_embeddings()
+        if self.sharing is None:
+            return head(self.answer_states(inputs, branches, rows), targets, sequence)
+        mine, own_rows = self.sharing.own_rows(rows, inputs["input_ids"].shape[1])
+        logps = head(self.answer_states(inputs, branches, own_rows), targets[mine], sequence[mine])
+        return self.sharing.whole(logps, mine, len(rows))
 
     def image_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the vision tower and the merger make of a micro-batch's images: (tokens, 1 + d, H), d the deeper layers
@@ -101,12 +110,15 @@ class Policy(nn.Module):
             branches: (2, R, T) int64 on the CPU, piece and branch of each token, or None where every row is one
                 conversation. Flash attention takes no mask: it tells the conversations of a packed row apart by their
                 positions, and prompts are not shared under it.
-            rows: (N,) int64, positions in the flattened (R * T) hidden states.
+            rows: (N,) int64, positions in the flattened (R * T) hidden states, of which a rank that shares them has
+                its part.
         """
         attention = self.model.config.get_text_config()._attn_implementation
         device, mask, options = inputs["input_ids"].device, None, {}
+        if self.sharing:
+            options["sharing"] = self.sharing
         if branches is not None and attention == BRANCHED:
-            options = {"spans": spans_of(*branches, self.model.dtype, device)}
+            options["spans"] = spans_of(*branches, self.model.dtype, device)
         elif branches is not None and attention != "flash_attention_2":
             mask = branch_mask(*branches.to(device), dtype=self.model.dtype)
         if "image_features" in inputs:
@@ -144,6 +156,8 @@ def load_policy(
     activation_offload: bool = False,
     adapter: Settings | Path | None = None,
     quantize: str | None = None,
+    sharing: SequenceGroup | None = None,
+    mlp_tiles: int = 1,
 ) -> Policy:
     """Load a model folder.
 
@@ -157,6 +171,8 @@ def load_policy(
         activation_checkpointing: recompute activations in backward.
         activation_offload: and keep what that needs in host memory.
         adapter: to put on the language model: the settings of a new one, or the folder of a saved one.
+        sharing: the ranks that share this one's micro-batches.
+        mlp_tiles: see `tile_mlps`.
         quantize: "nf4": hold the weights of the language model's linear layers in 4 bits, and compute in `dtype`.
 
     Raises:
@@ -175,7 +191,9 @@ def load_policy(
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # for reentrant ones only; a frozen tower would run its backward
-    policy = Policy(model, implementation)
+    if mlp_tiles > 1:
+        tile_mlps(model.model.language_model, mlp_tiles)
+    policy = Policy(model, implementation, sharing)
     if activation_offload:
         policy.offload = Offload(model)
     return policy

@@ -38,6 +38,7 @@ from mede2.trainer.policy import (
     takes_image_features,
 )
 from mede2.trainer.resolution import Resolved
+from mede2.trainer.sequence_parallel import SequenceGroup, check_sequence_parallel, join_group
 from mede2.trainer.settings import ENHANCE, FIELDS, STAGE_NAMES, BatchArithmetic, Settings
 from mede2.trainer.world import World
 
@@ -69,6 +70,7 @@ class Prepared:
     output: Path
     dtype: torch.dtype
     implementation: str
+    sharing: SequenceGroup | None
     config: dict[str, Any]
     batch: BatchArithmetic
     train: Batches
@@ -98,6 +100,7 @@ class Prepared:
             folder, dtype=self.dtype, attention=self.settings.attention, implementation=self.implementation,
             deepspeed_config=self.config, activation_checkpointing=self.settings.activation_checkpointing,
             activation_offload=self.settings.activation_offload, adapter=adapter, quantize=quantize,
+            sharing=self.sharing, mlp_tiles=self.settings.mlp_tiles,
         )  # fmt: skip
 
 
@@ -105,7 +108,7 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     """Check everything that can be checked before weights are loaded; see `Prepared`."""
     config = read_deepspeed_file(deepspeed_file)
     check_nvme(config)
-    batch = BatchArithmetic(resolved.settings.global_batch_size, resolved.settings.micro_batch_size, world.size)
+    batch = BatchArithmetic.of(resolved.settings, world.size)
     if resolved.settings.model is None:
         resolved = resolved.replaced("embedded default", model=str(defaults.BASE_MODEL))
     if not resolved.settings.train:
@@ -134,6 +137,7 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     model_config = AutoConfig.from_pretrained(model)
     text_config = model_config.get_text_config()
     _check_attention(settings, resolved.stage, text_config)
+    check_sequence_parallel(settings.sequence_parallel_size, settings.attention, text_config)
     if settings.lora_rank:
         check_adapter(model_config, settings)
     positions = Positions(model)
@@ -143,6 +147,7 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
         collator = Collator(
             processor, positions, dataset.has_images, layout, packed=settings.pack_length > 0,
             corruption=(settings.corruption, settings.seed) if corrupted else None, grey_window=settings.grey_window,
+            multiple=settings.sequence_parallel_size,
         )  # fmt: skip
         sampler = Sampler(tuple(map(layout.lengths, dataset.examples)), batch, seed, settings.pack_length)
         longest = max(range(len(dataset.examples)), key=sampler.num_tokens)
@@ -173,6 +178,7 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     eval_batches = batches(eval_set, None, settings.corruption is not None) if eval_set else None
     return Prepared(
         resolved, world, model, output, dtype, implementation,
+        join_group(world, settings.sequence_parallel_size),
         fill_deepspeed_config(
             config, settings, batch, dtype, text_config.hidden_size, largest_parameter(model_config)
         ),

@@ -14,7 +14,7 @@ def heaviest(batches: Batches, steps: range) -> tuple[int, int]:
     _, step, turn = max(
         (sampler.num_computed(slots), -step, -turn) for step in steps for turn, slots in enumerate(sampler.turns(step))
     )  # the first of equals
-    return -step, -turn // batches.world.size
+    return -step, -turn // sampler.batch.data_parallel_size
 
 
 def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: range) -> None:

@@ -85,6 +85,20 @@ class Settings:
         at_least=0,
         harmless=True,
     )
+    sequence_parallel_size: int = _setting(
+        1,
+        "Ranks that share each micro-batch, for long rows: each runs the language model on its share of the tokens, "
+        "and attention on its share of the heads (Ulysses).",
+        at_least=1,
+        harmless=True,
+    )
+    mlp_tiles: int = _setting(
+        1,
+        "Tiles that the language model's MLPs cut their tokens into, for long rows; more than one: they are computed "
+        "again in backward, one tile at a time.",
+        at_least=1,
+        harmless=True,
+    )
     num_workers: int = _setting(
         2, "Processes on each rank that decode and collate ahead of the step (0: none).", at_least=0, harmless=True
     )
@@ -382,30 +396,51 @@ def _parts(name: str, value) -> list[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class BatchArithmetic:
-    """global = micro x accumulation x ranks."""
+    """global = micro x accumulation x ranks; ranks that share their micro-batches count as one."""
 
     global_batch_size: int
     micro_batch_size: int
     world_size: int
+    sequence_parallel_size: int = 1
 
     def __post_init__(self):
-        per_forward = self.micro_batch_size * self.world_size
+        if self.world_size % self.sequence_parallel_size:
+            raise ValueError(
+                f"sequence_parallel_size: {self.world_size} ranks are not groups of {self.sequence_parallel_size}; "
+                "choose a divisor of the number of ranks"
+            )
+        per_forward = self.micro_batch_size * self.data_parallel_size
         if self.global_batch_size % per_forward:
             raise ValueError(
                 f"global_batch_size: {self.global_batch_size} is not micro_batch_size {self.micro_batch_size} x "
-                f"accumulation x {self.world_size} ranks; choose a multiple of {per_forward} (a run that continues "
+                f"accumulation x {self._ranks}; choose a multiple of {per_forward} (a run that continues "
                 "keeps its global batch: choose another micro_batch_size or number of ranks)"
             )
 
+    @classmethod
+    def of(cls, settings: Settings, world_size: int) -> "BatchArithmetic":
+        return cls(settings.global_batch_size, settings.micro_batch_size, world_size, settings.sequence_parallel_size)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Micro-batches that run at the same time."""
+        return self.world_size // self.sequence_parallel_size
+
     @property
     def grad_accum_steps(self) -> int:
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     def __str__(self) -> str:
         return (
             f"global batch {self.global_batch_size} = micro-batch {self.micro_batch_size} x "
-            f"accumulation {self.grad_accum_steps} x {self.world_size} rank{'s' if self.world_size > 1 else ''}"
+            f"accumulation {self.grad_accum_steps} x {self._ranks}"
         )
+
+    @property
+    def _ranks(self) -> str:
+        if self.sequence_parallel_size > 1:
+            return f"{self.data_parallel_size} x {self.sequence_parallel_size} ranks that share it"
+        return f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
 
 
 def learning_rate_at(settings: Settings, step: int, num_steps: int) -> float:

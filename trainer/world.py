@@ -13,6 +13,7 @@ from mede2.trainer import watchdog
 from mede2.trainer.stopping import ASKED_BY, StopRequested, watcher
 
 Result = TypeVar("Result")
+TIMEOUT_MINUTES = 30  # of a collective
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class World:
             torch.distributed.destroy_process_group()
 
 
-def join_world(timeout_minutes: float = 30) -> World:
+def join_world(timeout_minutes: float = TIMEOUT_MINUTES) -> World:
     """Join the ranks that the launcher started (`deepspeed`, `torchrun`, SLURM), or be the only one.
 
     DeepSpeed reads the same environment; a process started by plain python gets it filled in here.

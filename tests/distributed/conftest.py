@@ -93,7 +93,8 @@ def launch(tmp_path_factory) -> Callable[..., list[dict]]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory, sharpen) -> dict[str, str]:
-    """Model folders: tied and untied heads; `other` has other weights; `wide` is large enough to weigh in memory."""
+    """Model folders: tied and untied heads; `other` has other weights, `one_key` one key-value head; `wide` is large
+    enough to weigh in memory."""
     folder = tmp_path_factory.mktemp("models")
     tied = build_base(folder / "tied", seed=0)
     wide = {"hidden_size": 512, "intermediate_size": 2560, "num_attention_heads": 8}
@@ -102,7 +103,8 @@ def models(tmp_path_factory, sharpen) -> dict[str, str]:
     _variant(tied, folder / "other", sharpen, seed=2, tie=True)
     _variant(tied, folder / "untied", sharpen, seed=3, tie=False)
     _variant(tied, folder / "wide", sharpen, seed=4, tie=False, **wide)
-    return {name: str(folder / name) for name in ("tied", "untied", "other", "wide")}
+    _variant(tied, folder / "one_key", sharpen, seed=5, tie=True, num_key_value_heads=1)
+    return {name: str(folder / name) for name in ("tied", "untied", "other", "wide", "one_key")}
 
 
 def _variant(base: Path, folder: Path, sharpen: Callable, *, seed: int, tie: bool, **sizes) -> None:
@@ -292,5 +294,6 @@ def truth(models, records, reference_logps, with_blank, dpo_and_nll) -> dict[str
         "elicit_mixed": nll(models["tied"], records["mixed"]),
         "enhance": dpo_and_nll(models["tied"], records["pairs"], reference_logps),
         "mdpo": _image_preferences(models["tied"], records["pairs"], with_blank(reference_logps)),
+        "enhance_one_key": dpo_and_nll(models["one_key"], records["pairs"], reference_logps),
         "enhance_untied": dpo_and_nll(models["untied"], records["pairs"], reference_logps),
     }

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from mede2.trainer.policy import part_of
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl3")
+UPDATES = ("update", "update_shared")
 WHOLE_RUNS = ("qwen3_vl", "internvl3")  # those of Qwen2.5-VL are in test_stages.py
 TOLERANCE = 2e-6  # of a tensor's gradient, as a share of the norm of all; fp32 sums in another order
 
@@ -32,17 +33,23 @@ def references(make_reference, models, pairs) -> dict[str, list[list[float]]]:
 @pytest.fixture(scope="session")
 def results(launch, models, references, pairs, tmp_path_factory) -> list[dict]:
     """By rank."""
-    scenarios = [*(f"update_{family}" for family in FAMILIES), *(f"run_{family}" for family in WHOLE_RUNS)]
+    scenarios = [
+        *(f"{update}_{family}" for update in UPDATES for family in FAMILIES),
+        *(f"run_{family}" for family in WHOLE_RUNS),
+    ]
     runs = str(tmp_path_factory.mktemp("runs"))
     job = {"models": models, "references": references, "records": {"pairs": pairs}, "runs": runs}
     return launch("families", 2, scenarios=scenarios, **job)
 
 
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_equal_a_run_without_deepspeed(results, models, references, dpo_and_nll, pairs, family):
+def test_loss_and_gradients_equal_a_run_without_deepspeed(
+    results, models, references, dpo_and_nll, pairs, family, update
+):
     """Of every parameter, those of the vision tower and the mergers among them."""
     true = dpo_and_nll(models[family], pairs, references[family])
-    for rank, result in enumerate(of_rank[f"update_{family}"] for of_rank in results):
+    for rank, result in enumerate(of_rank[f"{update}_{family}"] for of_rank in results):
         gradients = result["gradients"]
         assert gradients.keys() == true["gradients"].keys()
         assert result["metrics"]["loss"] == pytest.approx(true["loss"], rel=1e-6), f"rank {rank}"

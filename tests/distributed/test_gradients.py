@@ -14,6 +14,9 @@ TRUTH = {  # which hand-written run each configuration must equal
     "enhance_triton": "enhance", "enhance_triton_untied": "enhance_untied", "enhance_apart": "enhance",
     "enhance_packed": "enhance", "enhance_packed_apart": "enhance", "enhance_packed_triton": "enhance",
     "elicit_packed": "elicit_mixed", "mdpo": "mdpo", "mdpo_packed": "mdpo",
+    "elicit_shared": "elicit_mixed", "enhance_shared": "enhance", "enhance_shared_apart": "enhance",
+    "enhance_shared_packed": "enhance_untied", "enhance_shared_recomputed": "enhance", "mdpo_shared": "mdpo",
+    "enhance_tiled": "enhance", "enhance_one_key": "enhance_one_key",
 }  # fmt: skip
 ONE_RANK = (
     "elicit", "elicit_mixed", "enhance", "enhance_micro_4", "enhance_every_part", "enhance_untied", "enhance_z2",
@@ -130,6 +133,22 @@ def test_activations_in_host_memory_change_no_bit(runs):
     assert all(
         torch.equal(gradient, offloaded["gradients"][name]) for name, gradient in recomputed["gradients"].items()
     )
+
+
+def test_ranks_that_share_a_micro_batch_run_half_of_its_tokens_each(runs):
+    """In as many forwards as one rank alone makes; rows are padded to an even length."""
+    whole = runs[1][0]["enhance_every_part"]["decoder_tokens"]
+    for results in runs[2]:
+        assert [2 * tokens for tokens in results["enhance_shared"]["decoder_tokens"]] == [n + n % 2 for n in whole]
+
+
+def test_tiles_cut_the_tokens_of_an_mlp(runs):
+    for results in runs[2]:
+        tiled, whole = (results[case]["mlp_tokens"] for case in ("enhance_tiled", "enhance_every_part"))
+        forward = len(whole) * 3
+        assert len(tiled) == 2 * forward, "each tile once more in backward"
+        assert sum(tiled) == 2 * sum(whole)
+        assert max(tiled) <= -(-max(whole) // 3)
 
 
 def test_clipping_scales_by_the_global_norm(runs):

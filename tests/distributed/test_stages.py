@@ -8,7 +8,7 @@ import torch
 
 RUNS = {
     1: ("stage1", "stage2"),
-    2: ("stage1", "stage2", "stage2_cached", "stage2_pixels", "stage2_reference", "stage2_simpo"),
+    2: ("stage1", "stage2", "stage2_cached", "stage2_pixels", "stage2_reference", "stage2_simpo", "stage2_shared"),
 }
 
 
@@ -84,6 +84,21 @@ def test_cached_image_features_change_no_update(folders):
     for of_cached, of_pixels in zip(cached, pixels, strict=True):
         for metric in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
             assert of_cached[metric] == pytest.approx(of_pixels[metric], rel=1e-5, abs=1e-6), metric
+
+
+def test_ranks_that_share_micro_batches_change_no_update(folders):
+    """Nor does their reference pass, nor the features of their vision tower, which the updates read."""
+    shared, apart = (rows(folders[2][name]) for name in ("stage2_shared", "stage2_cached"))
+    assert len(shared) == len(apart) == 4
+    for of_shared, of_apart in zip(shared, apart, strict=True):
+        assert of_shared.keys() >= of_apart.keys()
+        for metric in of_apart.keys() - {"step_ms", "data_wait_ms", "tokens_per_s", "peak_gib"}:
+            assert of_shared[metric] == pytest.approx(of_apart[metric], rel=1e-5, abs=1e-5), metric
+
+
+def test_one_of_the_ranks_that_share_keeps_the_image_features(folders):
+    (features,) = (folders[2]["stage2_shared"].parents[1] / "shared_cache").glob("*.image_features")
+    assert {path.name[:10] for path in features.iterdir()} == {"rank-00000"}
 
 
 def test_the_exported_model_of_two_ranks_reaches_the_held_out_loss(folders, plain, records):

@@ -1,6 +1,7 @@
 """Examples to the tensors of one micro-batch: rows, positions, answer tokens, one vision call on every rank."""
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ class MicroBatch:
         rows: (N,) int64, positions in the flattened (R * T) hidden states that predict an answer token.
         targets: (N,) int64, those tokens.
         sequence: (N,) int64, the sequence that each belongs to: side * B + example, sides as in `layout`.
-        weights: (S,) fp32, 0 for filler.
+        weights: (S,) fp32, those of the slots: 1, 0 for filler, less where ranks share the micro-batch.
         has_image: (B,) fp32, 1 for an example with an image.
         indices: of the examples in the data set.
         sources: file and line of the examples.
@@ -78,15 +79,17 @@ class Collator:
         packed: all pieces of a micro-batch lie in one row; otherwise each has a row of its own, padded at the right.
         corruption: kind of `corruption.corrupt` that `layout.corrupted` calls for, and its seed.
         grey_window: see `images.load_image`.
+        multiple: rows are padded to a multiple of so many tokens, for as many ranks to share.
     """
 
     def __init__(
         self, processor, positions: Positions, with_images: bool, layout: Layout, *, packed: bool = False,
-        corruption: tuple[str, int] | None = None, grey_window: Window = None,
+        corruption: tuple[str, int] | None = None, grey_window: Window = None, multiple: int = 1,
     ):  # fmt: skip
         self.processor, self.positions, self.with_images, self.layout = processor, positions, with_images, layout
         self.packed, self.corruption, self.grey_window = packed, corruption, grey_window
         self.features: ImageFeatures | None = None
+        self.multiple = multiple
         self.pad_token_id = processor.tokenizer.pad_token_id or 0
         if with_images:
             self.filler, self.filler_images = self._filler()
@@ -193,11 +196,12 @@ class Collator:
         Padding is piece 0, and its places in the text go on where the row ends: places that begin anew would tell
         transformers that the row is packed, and cost it a mask.
         """
-        padded = np.zeros((len(rows[0]), len(rows), max(row.shape[1] for row in rows)), dtype=np.int64)
+        length = math.ceil(max(row.shape[1] for row in rows) / self.multiple) * self.multiple
+        padded = np.zeros((len(rows[0]), len(rows), length), dtype=np.int64)
         padded[0] = self.pad_token_id
         for number, row in enumerate(rows):
             padded[:, number, : row.shape[1]] = row
-            padded[3, number, row.shape[1] :] = row[3, -1] + 1 + np.arange(padded.shape[2] - row.shape[1])
+            padded[3, number, row.shape[1] :] = row[3, -1] + 1 + np.arange(length - row.shape[1])
         return torch.from_numpy(padded)
 
     def _process(self, images: list[Image.Image]) -> tuple[dict, dict[str, Tensor]]:

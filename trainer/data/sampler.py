@@ -11,10 +11,15 @@ from mede2.trainer.settings import BatchArithmetic
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a global batch: the index of an example and its weight (0: filler, computed and not counted)."""
+    """A place in a global batch.
+
+    Attributes:
+        index: of the example.
+        weight: how much of it each rank that runs it counts: 1, or its part where ranks share it; 0: filler.
+    """
 
     index: int
-    weight: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,10 @@ class Sampler:
 
     def micro_batches(self, step: int, rank: int) -> list[list[Slot]]:
         """The slots of update `step` that fall to `rank`, one list per micro-batch; as many lists on every rank."""
-        return self.turns(step)[rank :: self.batch.world_size]
+        return self.turns(step)[rank // self.batch.sequence_parallel_size :: self.batch.data_parallel_size]
 
     def turns(self, step: int) -> list[list[Slot]]:
-        """The micro-batches of update `step`, longest first; the ranks take them in turn."""
+        """The micro-batches of update `step`, longest first; the ranks, or groups that share them, take turns."""
         size = self.batch.micro_batch_size
         by = self.num_tokens if self.pack_length else self.longest
         indices = sorted(self.global_batch(step), key=lambda index: -by(index))
@@ -64,9 +69,9 @@ class Sampler:
         if self.pack_length:
             turns = self._packed(indices)
         else:
-            turns = [[Slot(index, 1) for index in indices[at : at + size]] for at in range(0, len(indices), size)]
+            turns = [[self._slot(index) for index in indices[at : at + size]] for at in range(0, len(indices), size)]
             turns[-1] += [filler] * (size - len(turns[-1]))
-        while len(turns) % self.batch.world_size:
+        while len(turns) % self.batch.data_parallel_size:
             turns.append([filler] * size)
         return turns
 
@@ -85,21 +90,24 @@ class Sampler:
         num_rows = sum(len(self.lengths[slot.index]) for slot in slots)
         return num_rows * max(self.longest(slot.index) for slot in slots)
 
+    def _slot(self, index: int) -> Slot:
+        return Slot(index, 1 / self.batch.sequence_parallel_size)
+
     def _packed(self, indices: list[int]) -> list[list[Slot]]:
         """Rows of at most `pack_length` tokens, fullest first, as few for each rank as do, and as even: each example,
         longest first, goes into the emptiest row."""
-        lengths, world_size = [self.num_tokens(index) for index in indices], self.batch.world_size
-        num_rows = math.ceil(sum(lengths) / self.pack_length / world_size) * world_size
+        lengths, at_once = [self.num_tokens(index) for index in indices], self.batch.data_parallel_size
+        num_rows = math.ceil(sum(lengths) / self.pack_length / at_once) * at_once
         while True:
             rows: list[list[Slot]] = [[] for _ in range(num_rows)]
             loads = [0] * num_rows
             for index, length in zip(indices, lengths, strict=True):
                 row = loads.index(min(loads))
-                rows[row].append(Slot(index, 1))
+                rows[row].append(self._slot(index))
                 loads[row] += length
             if max(loads) <= self.pack_length:
                 return [row for _, row in sorted(zip(loads, rows, strict=True), key=lambda pair: -pair[0]) if row]
-            num_rows += world_size
+            num_rows += at_once
 
 
 @lru_cache(maxsize=4)

@@ -11,6 +11,10 @@ def update(world: World, job: dict, family: str) -> dict:
     return one_update(world, job | {"reference": job["references"][family]}, family)
 
 
+def update_shared(world: World, job: dict, family: str) -> dict:
+    return one_update(world, job | {"reference": job["references"][family]}, f"{family}_shared")
+
+
 def run(world: World, job: dict, family: str) -> str:
     """Returns the folder of the trained model."""
     pairs, start = job["records"]["pairs"], job["models"][family]
@@ -19,7 +23,7 @@ def run(world: World, job: dict, family: str) -> str:
 
 SCENARIOS = {
     f"{what.__name__}_{family}": lambda world, job, what=what, family=family: what(world, job, family)
-    for what in (update, run)
+    for what in (update, update_shared, run)
     for family in ("qwen2_5_vl", "qwen3_vl", "internvl3")
 }
 

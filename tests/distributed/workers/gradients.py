@@ -12,6 +12,8 @@ from mede2.trainer.world import World
 EVERY_PART = {"train_language_model": True, "train_vision_tower": True, "train_merger": True}
 SMALL = EVERY_PART | {"global_batch_size": 4}
 RECOMPUTED = EVERY_PART | {"activation_checkpointing": True, "micro_batch_size": 2}
+SHARED = {"sequence_parallel_size": 2}
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "internvl3")
 MDPO = {"objective": {"sigmoid": 1.0, "image_conditional": 0.5, "anchor": 0.25}, "corruption": "blank"}
 # name: model, records, stage, ZeRO file, settings beyond the usual
 CASES = {
@@ -40,7 +42,16 @@ CASES = {
     "mdpo": ("tied", "pairs", 2, "z3", MDPO | {"micro_batch_size": 2}),
     "mdpo_packed": ("tied", "pairs", 2, "z3", MDPO | {"pack_length": 300}),
     "enhance_bf16": ("tied", "pairs", 2, "z3", {"dtype": "bf16", "micro_batch_size": 4}),
-    **{family: (family, "pairs", 2, "z3", SMALL) for family in ("qwen2_5_vl", "qwen3_vl", "internvl3")},
+    "elicit_shared": ("tied", "mixed", 1, "z3", SHARED | {"micro_batch_size": 2}),
+    "enhance_shared": ("tied", "pairs", 2, "z3", SHARED | EVERY_PART),
+    "enhance_shared_apart": ("tied", "pairs", 2, "z2", SHARED | {"shared_prefix": False, "micro_batch_size": 2}),
+    "enhance_shared_packed": ("untied", "pairs", 2, "z3", SHARED | {"pack_length": 1000}),
+    "enhance_shared_recomputed": ("tied", "pairs", 2, "z3", SHARED | RECOMPUTED | {"mlp_tiles": 3}),
+    "mdpo_shared": ("tied", "pairs", 2, "z3", SHARED | MDPO | {"pack_length": 300}),
+    "enhance_tiled": ("tied", "pairs", 2, "z3", EVERY_PART | {"mlp_tiles": 3}),
+    "enhance_one_key": ("one_key", "pairs", 2, "z3", SHARED | {"micro_batch_size": 2}),
+    **{family: (family, "pairs", 2, "z3", SMALL) for family in FAMILIES},
+    **{f"{family}_shared": (family, "pairs", 2, "z3", SMALL | SHARED) for family in FAMILIES},
 }
 
 
@@ -68,7 +79,10 @@ def one_update(world: World, job: dict, case: str, batches_type: type[Batches] =
         num_sides = 3 if settings.corruption else 2
         objective = Enhance(settings, torch.tensor(job["reference"], dtype=torch.float64)[:, :num_sides])
     engine = make_engine(world, job["models"][model], settings, zero)
-    result = {}
+    result = {"decoder_tokens": [], "mlp_tokens": []}  # of every call
+    layer = engine.policy.model.model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda _, inputs: result["decoder_tokens"].append(inputs[0].shape[1]))
+    layer.mlp.gate_proj.register_forward_pre_hook(lambda _, inputs: result["mlp_tokens"].append(inputs[0].shape[-2]))
 
     def keep(step: int, metrics: dict[str, float]) -> None:
         result.update(metrics=dict(metrics), gradients=applied_gradients(engine))

@@ -27,6 +27,7 @@ from mede2.trainer.deepspeed_file import fill_deepspeed_config, read_deepspeed_f
 from mede2.trainer.engine import Engine, make_optimizer
 from mede2.trainer.policy import PARTS, freeze, largest_parameter, load_policy, quiet_transformers
 from mede2.trainer.resolution import resolve
+from mede2.trainer.sequence_parallel import join_group
 from mede2.trainer.settings import BatchArithmetic, Settings
 from mede2.trainer.world import World, join_world
 
@@ -74,12 +75,12 @@ def make_batches(world: World, model: str, records: str, stage: int, settings: S
     """The records in the order of the file, so that a test knows which rank holds which row."""
     processor = load_processor(Path(model))
     dataset = load_dataset((records,), stage, Encoder(processor, settings.max_length), "stop", world)
-    batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
+    batch = BatchArithmetic.of(settings, world.size)
     layout = Layout(settings.shared_prefix, corrupted="image_conditional" in settings.objective)
     lengths = tuple(map(layout.lengths, dataset.examples))
     collator = Collator(
         processor, Positions(Path(model)), dataset.has_images, layout, packed=settings.pack_length > 0,
-        corruption=(settings.corruption, settings.seed),
+        corruption=(settings.corruption, settings.seed), multiple=settings.sequence_parallel_size,
     )  # fmt: skip
     return Batches(dataset, Sampler(lengths, batch, None, settings.pack_length), collator, world, settings.num_workers)
 
@@ -89,7 +90,7 @@ def make_engine(
 ) -> Engine:
     """The engine of a run, assembled as `trainer/run.py` does; `adapter`: a saved one that trains on."""
     dtype = DTYPES[settings.dtype]
-    batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
+    batch = BatchArithmetic.of(settings, world.size)
     model_config = AutoConfig.from_pretrained(model)
     hidden_size = model_config.get_text_config().hidden_size
     file = read_deepspeed_file(DS_CONFIGS / f"{zero}.json")
@@ -99,6 +100,7 @@ def make_engine(
         deepspeed_config=config, activation_checkpointing=settings.activation_checkpointing,
         activation_offload=settings.activation_offload,
         adapter=adapter or (settings if settings.lora_rank else None), quantize=settings.quantize,
+        sharing=join_group(world, settings.sequence_parallel_size), mlp_tiles=settings.mlp_tiles,
     )  # fmt: skip
     if not trains:
         return Engine(policy, config, world, dtype)

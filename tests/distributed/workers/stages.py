@@ -58,6 +58,15 @@ def stage2_pixels(world: World, job: dict) -> str:
     return stage(world, job, 2, "stage2_pixels", train=pairs, epochs=2, cache_image_features=False)
 
 
+def stage2_shared(world: World, job: dict) -> str:
+    """As `stage2_cached`, by two ranks that share every micro-batch, from caches of their own making."""
+    pairs, cache = job["records"]["pairs"], str(Path(job["runs"]) / "shared_cache")
+    return stage(
+        world, job, 2, "stage2_shared", train=[pairs], eval=pairs, epochs=2, reference_cache=cache,
+        sequence_parallel_size=2, mlp_tiles=2,
+    )  # fmt: skip
+
+
 def stage2_simpo(world: World, job: dict) -> str:
     """Without a reference, and with a folder for its cache of its own, where none can be found."""
     pairs, mix = job["records"]["pairs"], {"simpo": 1.0, "nll": 0.5}
@@ -77,6 +86,7 @@ def stage2_reference(world: World, job: dict) -> str:
 SCENARIOS = {
     "stage1": stage1, "stage2": stage2, "stage2_cached": stage2_cached, "stage2_pixels": stage2_pixels,
     "stage2_reference": stage2_reference, "stage2_simpo": stage2_simpo,
+    "stage2_shared": stage2_shared,
 }  # fmt: skip
 
 if __name__ == "__main__":
