@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.engine import Engine
-from mede2.trainer.files import hash_json
+from mede2.trainer.files import hash_json, save_tensors
 from mede2.trainer.stopping import StopRequested
 
 TENSOR = "answer_logps"
@@ -124,7 +123,7 @@ def _write_cache(values: Tensor, path: Path, components: dict[str, str]) -> None
     beside = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({TENSOR: values}, beside, metadata={"components": json.dumps(components)})
+        save_tensors({TENSOR: values}, beside, {"components": json.dumps(components)})
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"reference_cache: {path.parent} cannot be written ({error}); name another folder") from error
