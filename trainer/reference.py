@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def _known(path: Path, components: dict[str, str], num_examples: int) -> dict[in
 
 
 def _write_cache(values: Tensor, path: Path, components: dict[str, str]) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.partial")
+    beside = path.with_suffix(f".{secrets.token_hex(8)}.partial")  # other hosts have processes of the same number
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors({TENSOR: values}, beside, {"components": json.dumps(components)})

@@ -105,6 +105,22 @@ def test_what_an_unfinished_pass_left_of_something_else_is_refused(batches, tmp_
         reference.compute(engine(batches.world), batches, tmp_path, others, lambda done, total: None)
 
 
+def test_two_runs_may_write_the_same_cache_at_once(batches, tmp_path, monkeypatch):
+    """On hosts where their processes have one number: the second is done while the first still writes."""
+    save, second = reference.save_tensors, iter([True])
+
+    def slowly(tensors, path, metadata):
+        save(tensors, path, metadata)
+        if next(second, False):
+            compute(batches, tmp_path)
+            assert path.exists(), "the other run took what this one has written"
+
+    monkeypatch.setattr(reference, "save_tensors", slowly)
+    values = compute(batches, tmp_path)
+    assert torch.equal(reference.read_cache(tmp_path, COMPONENTS, 7), values)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_nothing_cached_is_none(tmp_path):
     assert reference.read_cache(tmp_path, COMPONENTS, 7) is None
     assert reference.read_cache(tmp_path / "no folder", COMPONENTS, 7) is None
