@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mede2.trainer.files import save_tensors
 from mede2.trainer.settings import Settings
 
 ALL_LINEAR = "all-linear"
@@ -143,4 +144,4 @@ def save_adapter(model: nn.Module, tensors: dict[str, Tensor], folder: Path, bas
     names = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     config.save_pretrained(folder, auto_mapping_dict=names)
     named = {f"base_model.model.{name}": value for name, value in get_peft_model_state_dict(model, tensors).items()}
-    save_file(named, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(named, folder / WEIGHTS_FILE, {"format": "pt"})

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mede2.trainer import other_world, watchdog
 from mede2.trainer.checkpoint_writing import Writing, on_disk
 from mede2.trainer.engine import Engine
-from mede2.trainer.files import hash_file, write_json
+from mede2.trainer.files import hash_file, save_tensors, write_json
 from mede2.trainer.generators import generator_states, set_generator_states
 from mede2.trainer.ownership import Ownership
 from mede2.trainer.unpickling import tensors_only
@@ -144,7 +144,7 @@ class Checkpoints:
             self.world.on_main(lambda: self._make_room(partial, least))
         writing = Writing(partial, in_background=self.in_background)
         self.engine.hand_over_state(partial, writing.save)
-        writing.write(partial / _generator_file(self.world.rank), lambda file: save_file(generators, file))
+        writing.write(partial / _generator_file(self.world.rank), lambda file: save_tensors(generators, file))
         self._begun = writing, marker
         if not self.in_background:
             self.finish()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from stat import S_IMODE
 
 import torch
 from safetensors import SafetensorError
@@ -59,6 +60,8 @@ def export(
             if (source / "generation_config.json").is_file():
                 shell.generation_config = GenerationConfig.from_pretrained(source)
             shell.save_pretrained(folder, state_dict=state, max_shard_size=round(max_shard_gb * 1e9))
+            for weights in folder.glob("*.safetensors"):  # closed by the library to all but their owner
+                weights.chmod(S_IMODE((folder / "config.json").stat().st_mode))
         save_processor(source, folder, max_pixels)
         write_text(folder / "README.md", card)
 

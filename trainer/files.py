@@ -4,9 +4,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from stat import S_IMODE
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and files have no need of it
+    from torch import Tensor
+
     from mede2.trainer.world import World
 
 
@@ -22,6 +25,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors with the mode of any new file: the library closes its own to all but their owner."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(S_IMODE(mode))
 
 
 def hash_file(path: Path) -> str:

@@ -13,14 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mede2.trainer import watchdog
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.data.features import ImageFeatures, name_of
 from mede2.trainer.engine import Engine
-from mede2.trainer.files import hash_json
+from mede2.trainer.files import hash_json, save_tensors
 from mede2.trainer.reference import differing
 from mede2.trainer.stopping import StopRequested
 
@@ -102,7 +101,7 @@ def compute_features(
             if keeps and (step + 1 == len(steps) or sum(tensor.nbytes for tensor in share.values()) > FLUSH_BYTES):
                 watchdog.phase("writing image features")
                 try:
-                    save_file(share, partial / f"rank-{world.rank:05d}-{number:05d}.safetensors", metadata)
+                    save_tensors(share, partial / f"rank-{world.rank:05d}-{number:05d}.safetensors", metadata)
                 except (OSError, SafetensorError) as error:
                     problem = str(error)
                 share, number = {}, number + 1

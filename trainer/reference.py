@@ -3,17 +3,17 @@
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mede2.trainer.data.batches import Batches
 from mede2.trainer.engine import Engine
-from mede2.trainer.files import hash_json
+from mede2.trainer.files import hash_json, save_tensors
 from mede2.trainer.stopping import StopRequested
 
 TENSOR = "answer_logps"
@@ -121,10 +121,10 @@ def _known(path: Path, components: dict[str, str], num_examples: int) -> dict[in
 
 
 def _write_cache(values: Tensor, path: Path, components: dict[str, str]) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.partial")
+    beside = path.with_suffix(f".{secrets.token_hex(8)}.partial")  # other hosts have processes of the same number
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({TENSOR: values}, beside, metadata={"components": json.dumps(components)})
+        save_tensors({TENSOR: values}, beside, {"components": json.dumps(components)})
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"reference_cache: {path.parent} cannot be written ({error}); name another folder") from error

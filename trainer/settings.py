@@ -374,7 +374,7 @@ def _check_value(item, value) -> None:
         raise ValueError(f"{item.name}: {', '.join(unknown)} is not one of {', '.join(rules['choices'])}")
     for where, part in _parts(item.name, value):
         if isinstance(part, str) and has_credentials(part):
-            raise ValueError(f"{where}: an address with a user or password in it; settings are told and written")
+            raise ValueError(f"{where}: an address with a user, password or key in it; settings are told and written")
         if isinstance(part, float) and not math.isfinite(part):
             raise ValueError(f"{where}: {part} is not a finite number")
         for rule, holds, words in (

@@ -61,8 +61,12 @@ job() {
 }
 
 requeue() {
-    local attempts
-    if [ "$(squeue --noheader --job="$JOB" --format=%T)" != RUNNING ]; then
+    local attempts state
+    if ! state=$(patiently squeue --noheader --job="$JOB" --format=%T); then
+        echo "job.sh: not requeued: SLURM does not answer; once it does: scontrol requeue $JOB" >&2
+        return
+    fi
+    if [ "$state" != RUNNING ]; then
         echo "job.sh: not requeued here: SLURM itself is ending the job, for good or for later" >&2
         return
     fi
@@ -72,7 +76,17 @@ requeue() {
         exit 1
     fi
     echo "job.sh: requeued after attempt $ATTEMPT"
-    scontrol requeue "$JOB"
+    patiently scontrol requeue "$JOB"
+}
+
+# A command of SLURM's, again while it fails: the controller may be restarting.
+patiently() {
+    local pause
+    for pause in 5 10 20 40 60; do
+        "$@" && return
+        sleep "$pause"
+    done
+    "$@"
 }
 
 # A line that changes with the names and the dates of the files in PROGRESS, half-written ones left out.

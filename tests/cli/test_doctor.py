@@ -6,15 +6,16 @@ import shutil
 import socket
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 from mede2.trainer.doctor.examine import ranks_of_slurm
 from mede2.trainer.doctor.findings import FAIL, OK, WARN, Finding, of_all_nodes
-from mede2.trainer.doctor.node import clock, gpus, models, openness, scratch, versions, writing
+from mede2.trainer.doctor.node import clock, flash_attn, gpus, models, openness, scratch, versions, writing
 
 LINE = re.compile(r"(ok|warn|FAIL) +(\S+) +(.+)")
-OF_A_NODE = ["versions", "GPUs", "output", "readers", "/tmp", "/dev/shm", "clock", "models"]
+OF_A_NODE = ["versions", "GPUs", "flash-attn", "output", "readers", "/tmp", "/dev/shm", "clock", "models"]
 CHECKS = [*OF_A_NODE, "skew", "gloo", "shared", "step"]
 
 
@@ -131,6 +132,39 @@ def test_a_clock_before_the_packages_and_a_driver_without_its_torch(monkeypatch)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpus().level == FAIL
     assert "sees none, but a driver (CUDA 13.1) is there" in gpus().found
+
+
+@pytest.mark.parametrize(
+    ("there", "binary", "level", "told"),
+    [
+        ("2.8.3.post2", None, OK, "2.8.3.post2 loads beside torch "),
+        ("2.8.3", b"", FAIL, "file too short"),
+        ("2.7.4.post1", None, FAIL, "2.7.4.post1, not <3,>=2.8"),
+    ],
+)
+def test_flash_attn(there, binary, level, told, tmp_path, monkeypatch):
+    """Its package imports a library that was linked against one torch."""
+    info, package = tmp_path / f"flash_attn-{there}.dist-info", tmp_path / "flash_attn"
+    info.mkdir()
+    package.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: flash_attn\nVersion: {there}\n")
+    (package / "__init__.py").write_text("" if binary is None else "import flash_attn_2_cuda\n")
+    if binary is not None:
+        (tmp_path / "flash_attn_2_cuda.so").write_bytes(binary)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    found = flash_attn()
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert found.level == level
+    assert told in found.found
+
+
+def test_no_flash_attn_is_no_fault(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("mede2.trainer.doctor.node.version", missing)
+    assert flash_attn() == Finding("flash-attn", OK, "not installed; attention=sdpa and eager go without it")
 
 
 def test_the_installed_versions_are_those_of_setup_py():

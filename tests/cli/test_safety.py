@@ -59,7 +59,8 @@ def test_no_other_user_reads_what_a_run_writes(output):
     assert any(name.endswith("_optim_states.pt") for name in names)
     open_to_others = [str(path) for path in written if stat.S_IMODE(path.stat().st_mode) & OTHERS]
     assert open_to_others == []
-    assert stat.S_IMODE((output / "metrics.jsonl").stat().st_mode) == 0o640, "the group reads"
+    closed_to_the_group = [str(path) for path in written if not stat.S_IMODE(path.stat().st_mode) & stat.S_IRGRP]
+    assert closed_to_the_group == []
 
 
 def test_nor_what_the_steps_to_pairs_write(run, tmp_path):

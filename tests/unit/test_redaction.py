@@ -20,6 +20,11 @@ from mede2.trainer.resolution import resolve
         ("judge=model@https://tok_123@host/v1", "judge=model@https://***@host/v1"),
         ("http://ann:p@ss@host/v1", "http://***@host/v1"),
         ("http://a:b@one/ http://c:d@two/", "http://***@one/ http://***@two/"),
+        ("GET https://host/v1?n=1&api_key=hunter22#a: 401", "GET https://host/v1?n=1&api_key=***#a: 401"),
+        ("'https://host/?X-Amz-Security-Token=a%2Fb&n=2'", "'https://host/?X-Amz-Security-Token=***&n=2'"),
+        ("s3://bucket/f?TOKEN=x", "s3://bucket/f?TOKEN=***"),
+        ("https://host/v1?tokenizer=qwen&keys=3&monkey_business=1", None),
+        ("https://host/v1?max_tokens=20", None),
         ("qwen@http://127.0.0.1:8000/v1", None),
         ("https://host/v1?to=someone@example.org", None),
     ],
@@ -27,6 +32,19 @@ from mede2.trainer.resolution import resolve
 def test_addresses(text, told):
     assert without_secrets(text) == (told or text)
     assert has_credentials(text) == (told is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{'Authorization': 'Bearer eyJhbGci.eyJz-_.c2ln=='}", "{'Authorization': 'Bearer ***'}"),
+        ("authorization: bearer sk-0123456789, refused", "authorization: bearer ***, refused"),
+        ("the bearer of this card", "the bearer of this card"),
+    ],
+)
+def test_tokens_of_bearers(text, told):
+    assert without_secrets(text) == told
+    assert not has_credentials(text), "it is no address"
 
 
 def test_secrets_of_the_environment(monkeypatch):
@@ -55,8 +73,12 @@ def test_an_address_with_a_key_in_it_is_refused(url):
 
 def test_a_setting_with_a_password_in_it_is_refused():
     """Settings go into settings.yaml, the model card and Weights & Biases."""
-    for settings in ({"model": "https://ann:hunter22@hub/model"}, {"train": ["a.jsonl", "s3://k:hunter22@b/c.jsonl"]}):
-        with pytest.raises(ValueError, match="an address with a user or password in it") as told:
+    for settings in (
+        {"model": "https://ann:hunter22@hub/model"},
+        {"train": ["a.jsonl", "s3://k:hunter22@b/c.jsonl"]},
+        {"model": "https://hub/model?token=hunter22"},
+    ):
+        with pytest.raises(ValueError, match="an address with a user, password or key in it") as told:
             resolve(1, [("flag", settings)])
         assert "hunter22" not in str(told.value)
 

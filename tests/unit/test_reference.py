@@ -48,7 +48,10 @@ def test_values_lie_in_the_order_of_the_rows_and_are_found_again(batches, tmp_pa
     found = reference.read_cache(tmp_path, COMPONENTS, 7)
     assert found.dtype == torch.float64
     assert torch.equal(found, values)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"], "a partial file was left"
+    (file,) = tmp_path.iterdir()
+    assert file.suffix == ".safetensors", "a partial file was left"
+    (tmp_path / "new").touch()
+    assert file.stat().st_mode == (tmp_path / "new").stat().st_mode, "others may read as the umask says"
 
 
 @pytest.fixture
@@ -100,6 +103,22 @@ def test_what_an_unfinished_pass_left_of_something_else_is_refused(batches, tmp_
     left.rename(reference.cache_path(tmp_path, others).with_suffix(".unfinished.safetensors"))
     with pytest.raises(ValueError, match="made from another weights; delete it"):
         reference.compute(engine(batches.world), batches, tmp_path, others, lambda done, total: None)
+
+
+def test_two_runs_may_write_the_same_cache_at_once(batches, tmp_path, monkeypatch):
+    """On hosts where their processes have one number: the second is done while the first still writes."""
+    save, second = reference.save_tensors, iter([True])
+
+    def slowly(tensors, path, metadata):
+        save(tensors, path, metadata)
+        if next(second, False):
+            compute(batches, tmp_path)
+            assert path.exists(), "the other run took what this one has written"
+
+    monkeypatch.setattr(reference, "save_tensors", slowly)
+    values = compute(batches, tmp_path)
+    assert torch.equal(reference.read_cache(tmp_path, COMPONENTS, 7), values)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_nothing_cached_is_none(tmp_path):

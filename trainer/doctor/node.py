@@ -1,6 +1,7 @@
 """Checks of one node by itself: versions, GPUs, disks, clock, models."""
 
 import ctypes
+import importlib
 import os
 import platform
 import shutil
@@ -39,7 +40,7 @@ def check_node(output: Path, need_gib: float, model: str | None) -> list[Finding
         model: folder or hub name that runs will start from, or None.
     """
     return [
-        versions(), gpus(), writing(output, need_gib), openness(output),
+        versions(), gpus(), flash_attn(), writing(output, need_gib), openness(output),
         scratch(tempfile.gettempdir(), "compilers and data need it; set TMPDIR to a larger disk"),
         scratch("/dev/shm", "ranks and data workers talk through it; a container wants --shm-size=8g or --ipc=host"),
         clock(), models(model),
@@ -92,6 +93,26 @@ def gpus() -> Finding:
     if busy:
         return Finding("GPUs", WARN, f"{text}; {', '.join(busy)}", "another process is on it: nvidia-smi names it")
     return Finding("GPUs", OK, text)
+
+
+def flash_attn() -> Finding:
+    """Whether flash-attn, where it is installed, is a version of setup.py's, and was compiled for this torch."""
+    try:
+        there = version("flash-attn")
+    except PackageNotFoundError:
+        return Finding("flash-attn", OK, "not installed; attention=sdpa and eager go without it")
+    wanted = next(each for each in map(Requirement, requires("mede2") or ()) if each.name == "flash-attn").specifier
+    if not wanted.contains(there, prereleases=True):
+        return Finding("flash-attn", FAIL, f"{there}, not {wanted}", "pip uninstall flash-attn, or install another")
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:  # a symbol of torch's or a library of CUDA's that is not there
+        told = str(error).splitlines()[0]
+        return Finding(
+            "flash-attn", FAIL, f"{there} does not load beside torch {torch.__version__} ({told})",
+            "compile it anew for this torch: launch/container/Containerfile says how",
+        )  # fmt: skip
+    return Finding("flash-attn", OK, f"{there} loads beside torch {torch.__version__}")
 
 
 def _driver() -> str | None:

@@ -47,7 +47,7 @@ MOMENTS = {
     "training": ("engine", "Engine.backward", 2, [0, 1], group, signal.SIGUSR1, signal.SIGTERM),  # 1: the rehearsal's
     "evaluation": ("engine", "Engine.__call__", 3, [0], touch),  # after the rehearsal and the update
     "owed evaluation": ("engine", "Engine.__call__", 1, [0], one, signal.SIGUSR1),
-    "saving": ("checkpoint", "save_file", 1, [1], one, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM),
+    "saving": ("checkpoint", "save_tensors", 1, [1], one, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM),
     "last evaluation": ("engine", "Engine.__call__", 3, [1], one, signal.SIGTERM),
     "export": ("run", "export", 1, [1], one, signal.SIGTERM),
     "": ("run", "export", 0, [], one),
