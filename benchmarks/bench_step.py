@@ -1,11 +1,11 @@
 """Our Stage II step beside TRL's DPOTrainer: pairs and tokens a second, peak memory, and what each feature gives.
 
 Contenders (step_contenders.py): TRL as shipped; TRL compact, which scores answer positions only, as it does by itself
-where Triton runs; the same under our DeepSpeed file; ours; and ours with one thing changed. Each trains in a process of
-its own on the same model, pairs, dtype and device. They take turns, one update each, and wait halted (SIGSTOP, data
-workers too) while others run; times are medians over the turns. On CUDA, where they do not fit beside each other, each
-has all its turns at once. An update is timed whole: data, forward, backward, optimizer, logging. Losses and
-log-probabilities of the first updates must be those of TRL, or there are no figures: the same work.
+where Triton runs; the same under our DeepSpeed file (not if --quick); ours; and ours with one thing changed. Each
+trains in a process of its own on the same model, pairs, dtype and device. They take turns, one update each, and wait
+halted (SIGSTOP, data workers too) while others run; times are medians over the turns. On CUDA, where they do not fit
+beside each other, each has all its turns at once. An update is timed whole: data, forward, backward, optimizer,
+logging. Losses and log-probabilities of the first updates must be those of TRL, or there are no figures: the same work.
 
 Our image features and reference log-probabilities are computed once: a pair is charged their cost over EPOCHS epochs,
 or, in the column "1 epoch", all of it; TRL computes them in every step. Tokens are those of both sequences of a pair,
@@ -84,11 +84,13 @@ class Case:
         )
 
 
-def contenders(case: Case, variants: Collection[str]) -> dict[str, Contender]:
-    """By name, TRL first, then ours and those of `VARIANTS` that are named."""
+def contenders(case: Case, variants: Collection[str], with_zero3: bool) -> dict[str, Contender]:
+    """By name, TRL first, then ours and those of `VARIANTS` that are named; on a CPU, TRL under ZeRO-3 if wanted."""
     found = {TRL: Contender("trl", deepspeed=case.device == "cuda")}  # on CUDA, it is compact by itself
     if case.device == "cpu":
-        found |= {COMPACT: Contender("trl", compact=True), ZERO3: Contender("trl", compact=True, deepspeed=True)}
+        found[COMPACT] = Contender("trl", compact=True)
+        if with_zero3:
+            found[ZERO3] = Contender("trl", compact=True, deepspeed=True)
     found[OURS] = Contender("ours")
     found |= {name: Contender("ours", settings=VARIANTS[name]) for name in variants}
     if case.global_batch_size == 1:
@@ -191,7 +193,7 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def measure(case: Case, rounds: int, variants: Collection[str], console: Console) -> list[dict]:
+def measure(case: Case, rounds: int, variants: Collection[str], with_zero3: bool, console: Console) -> list[dict]:
     """One row for each contender, TRL first."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -206,7 +208,7 @@ def measure(case: Case, rounds: int, variants: Collection[str], console: Console
             model, records, tuple(order), case.global_batch_size, case.micro_batch_size, case.dtype, case.device,
             REPOSITORY / "ds_configs" / "z3.json", scratch,
         )  # fmt: skip
-        found = contenders(case, variants)
+        found = contenders(case, variants, with_zero3)
         reports = run_all(found, case, job, rounds)
         gap = check_same_work(reports, case.dtype)
         console.print(f"losses and log-probabilities of the first updates are TRL's within {gap:.1e}")
@@ -303,7 +305,8 @@ def headline(case: Case, rows: list[dict]) -> dict:
     """Ours over TRL's, and each variant's over ours."""
     by_name = {row["contender"]: row for row in rows}
     ours, trl = by_name[OURS], by_name[TRL]
-    compact, zero3 = by_name.get(COMPACT, trl), by_name.get(ZERO3, trl)
+    others = {"trl": trl, "trl_compact": by_name.get(COMPACT, trl), "trl_zero3": by_name.get(ZERO3)}
+    others = {name: row for name, row in others.items() if row}
 
     def ratio(row: dict, other: dict, column: str) -> float:
         return round(row[column] / other[column], 3)
@@ -317,12 +320,8 @@ def headline(case: Case, rows: list[dict]) -> dict:
     }  # fmt: skip
     return {
         "case": f"{case.model} {case.dtype} {case.device}",
-        "pairs_per_s_vs_trl": ratio(ours, trl, "pairs_per_s"),
-        "pairs_per_s_vs_trl_compact": ratio(ours, compact, "pairs_per_s"),
-        "pairs_per_s_vs_trl_zero3": ratio(ours, zero3, "pairs_per_s"),
-        "peak_vs_trl": ratio(ours, trl, "peak_mib"),
-        "peak_vs_trl_compact": ratio(ours, compact, "peak_mib"),
-        "peak_vs_trl_zero3": ratio(ours, zero3, "peak_mib"),
+        **{f"pairs_per_s_vs_{name}": ratio(ours, row, "pairs_per_s") for name, row in others.items()},
+        **{f"peak_vs_{name}": ratio(ours, row, "peak_mib") for name, row in others.items()},
         "data_wait_share": round(ours["data_wait_share"], 4),
         "ablation": without,
     }
@@ -379,7 +378,7 @@ def main(
     for model in models:
         for dtype in dtypes:
             case = Case(model, dtype, device, prompt, answer, pairs, micro_batch_size)
-            rows = measure(case, rounds, named, console)
+            rows = measure(case, rounds, named, not quick, console)
             append_csv(output / "bench_step.csv", [{"date": place["date"], **machine, **place, **row} for row in rows])
             console.print(as_table(rows, case))
             measured[case] = rows

@@ -45,6 +45,17 @@ def test_the_last_line_holds_ours_over_trls(smallest):
     assert ratios["ablation"]["reference charged to 1 epoch"]["pairs_per_s"] < 1
 
 
+def test_quick_leaves_out_a_contender_and_its_ratios(benchmarks):
+    bench = benchmarks("bench_step")
+    case = bench.Case("demo", "fp32", "cpu", 64, 16, 1, 1)
+    assert list(bench.contenders(case, (), with_zero3=False)) == ["TRL", "TRL compact", "ours"]
+    row = {"pairs_per_s": 2.0, "pairs_per_s_1_epoch": 1.0, "peak_mib": 3.0, "data_wait_share": 0.0}
+    rows = [row | {"contender": name} for name in bench.contenders(case, (), with_zero3=False)]
+    assert not [key for key in bench.headline(case, rows) if "zero3" in key]
+    rows.append(row | {"contender": "TRL compact, ZeRO-3", "peak_mib": 6.0})
+    assert bench.headline(case, rows)["peak_vs_trl_zero3"] == 0.5
+
+
 def test_a_row_adds_up(smallest):
     row = {name: float(value) for name, value in smallest[1]["ours"].items() if _is_number(value)}
     pair_ms = row["step_ms"] / row["global_batch_size"] + row["once_ms_per_pair"] / row["epochs"]
