@@ -26,6 +26,7 @@ from mede2.trainer.engine import Engine, make_optimizer
 from mede2.trainer.losses import sum_by_sequence
 from mede2.trainer.planning.cases import CASES, Case
 from mede2.trainer.policy import PARTS, freeze, largest_parameter, load_policy, quiet_transformers
+from mede2.trainer.sequence_parallel import join_group
 from mede2.trainer.settings import BatchArithmetic, Settings
 from mede2.trainer.world import World, join_world
 
@@ -156,7 +157,7 @@ def measure(case: Case, folder: Path, world: World) -> dict:
     """Live bytes of the case on this rank, by category, its peak, and what it sent."""
     given = {"global_batch_size": case.ranks, **case.settings}
     settings = Settings(**given, dtype=case.dtype)
-    batch = BatchArithmetic(settings.global_batch_size, settings.micro_batch_size, world.size)
+    batch = BatchArithmetic.of(settings, world.size)
     dtype, config = DTYPES[case.dtype], AutoConfig.from_pretrained(folder)
     file = read_deepspeed_file(DS_CONFIGS / f"{case.zero}.json")
     filled = fill_deepspeed_config(
@@ -167,6 +168,7 @@ def measure(case: Case, folder: Path, world: World) -> dict:
         folder, dtype=dtype, attention=settings.attention, implementation="torch", deepspeed_config=filled,
         activation_checkpointing=settings.activation_checkpointing,
         adapter=settings if settings.lora_rank else None,
+        sharing=join_group(world, settings.sequence_parallel_size), mlp_tiles=settings.mlp_tiles,
     )  # fmt: skip
     trained = freeze(policy, {part: getattr(settings, f"train_{part}") for part in PARTS})
     live, found = Live(), {}

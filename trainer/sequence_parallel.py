@@ -14,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
+from mede2.trainer.heads import check_heads
 from mede2.trainer.world import TIMEOUT_MINUTES, World
 
 
@@ -102,13 +103,7 @@ def check_sequence_parallel(size: int, attention: str, text_config: transformers
         raise ValueError(f"sequence_parallel_size: {size} needs attention: sdpa, not {attention}")
     if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
         raise ValueError(f"sequence_parallel_size: {size}, but this model has layers of sliding attention; use 1")
-    heads, of_keys = text_config.num_attention_heads, text_config.num_key_value_heads
-    fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (of_keys % n == 0 or n % of_keys == 0)]
-    if size not in fitting:
-        raise ValueError(
-            f"sequence_parallel_size: {size} ranks cannot share this model's {heads} heads with {of_keys} key-value "
-            f"heads; possible: {', '.join(map(str, fitting))}"
-        )
+    check_heads(size, text_config.num_attention_heads, text_config.num_key_value_heads)
 
 
 def local_heads(query: Tensor, key: Tensor) -> types.SimpleNamespace:

@@ -26,6 +26,25 @@ class Collective:
     wire: int
 
 
+def exchanged(run: Run) -> int:
+    """Bytes of a token that a rank puts into a layer's all-to-all before attention: queries, keys and values, of fewer
+    key-value heads than ranks once for each rank; nothing where each rank has rows of its own."""
+    text, ranks = run.shape.text, run.settings.sequence_parallel_size
+    return run.item * (text.queries + 2 * max(text.keys, ranks * text.head_dim)) if ranks > 1 else 0
+
+
+def shared_rows(run: Run) -> Collective | None:
+    """The all-to-alls of ranks that share rows: in each layer before attention and behind it, and for their gradients,
+    and where layers are recomputed once more. They pass DeepSpeed by, so its logger does not know them."""
+    text, ranks = run.shape.text, run.settings.sequence_parallel_size
+    if ranks == 1:
+        return None
+    passes = 3 if run.settings.activation_checkpointing else 2
+    of_token = exchanged(run) + run.item * text.queries
+    sent = run.turns * passes * text.layers * run.own_tokens * of_token
+    return Collective("all_to_all_single", 0, int((ranks - 1) / ranks * sent))
+
+
 def collectives(run: Run) -> list[Collective]:
     """The collectives of an update."""
     e, ranks, turns = run.item, run.ranks, run.turns

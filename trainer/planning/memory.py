@@ -10,8 +10,9 @@ with `grad_accum_dtype` fp32 (bf16: Adam's two moments and the masters of 4 byte
 
 from dataclasses import dataclass
 
+from mede2.trainer.planning.communication import exchanged
 from mede2.trainer.planning.run import Run
-from mede2.trainer.planning.saved import FP32, INDEX, activations, layer_bytes
+from mede2.trainer.planning.saved import FP32, INDEX, activations, head_rows, layer_bytes, tile_bytes
 
 CHUNK_BYTES, MIN_CHUNK = 32 * 2**20, 512  # as in kernels/logps_torch.py
 TRITON_CHUNK_BYTES, TRITON_MIN_CHUNK = 128 * 2**20, 1024  # as in kernels/logps_triton.py
@@ -101,7 +102,7 @@ def in_blocks(run: Run) -> bool:
 
 def head_working(run: Run) -> int:
     """Bytes that the head's backward takes beside what was saved: a chunk of logits, the gradients."""
-    num_rows, text = sum(sum(row.answers) for row in run.rows), run.shape.text
+    num_rows, text = head_rows(run.rows, run.training), run.shape.text
     e, trains = run.item, run.training.trains_text
     whole = e * text.vocabulary * text.hidden if trains else 0  # the weight's gradient
     logit_bytes = e + (FP32 if e < FP32 else 0)
@@ -118,9 +119,12 @@ def head_working(run: Run) -> int:
 
 def layer_working(run: Run) -> int:
     """Bytes of gradients in the backward of a decoder layer: of the MLP's inner values and of the residual stream, and
-    the largest weight's own, with the copy that is sent."""
-    text, e, tokens = run.shape.text, run.item, run.num_tokens
-    inner = tokens * (3 * e * text.intermediate + 2 * e * text.hidden)
+    the largest weight's own, with the copy that is sent; of tiles, with what the one at hand saves; where ranks share
+    rows, not less than what the all-to-all puts in and gets out."""
+    text, e, tokens = run.shape.text, run.item, run.training.own(run.num_tokens)
+    inner = -(-tokens // run.training.mlp_tiles) * 3 * e * text.intermediate
+    inner += tile_bytes(text, run.num_tokens, run.training)
+    inner = max(inner, 2 * tokens * exchanged(run)) + tokens * 2 * e * text.hidden
     if run.num_quantized:
         inner += e * text.intermediate * text.hidden  # a weight, out of its 4 bits
     if not run.training.trains_text:
@@ -164,7 +168,7 @@ def plan_memory(run: Run) -> Memory:
         held = run.item * sum(-(-parameter.numel // run.ranks) for parameter in run.parameters)
         host, nvme = (host, nvme + held) if zero.offload_param == "nvme" else (host | {"weights": held}, nvme)
     if settings.activation_offload:
-        host = host | {"layer inputs": run.shape.text.layers * run.num_tokens * run.item * run.shape.text.hidden}
+        host = host | {"layer inputs": run.shape.text.layers * run.own_tokens * run.item * run.shape.text.hidden}
 
     lasting = {"weights": state, "masters and moments": adam, "inputs": inputs(run)}
     kept, of_head = sum(saved.values()), saved.get("log-probabilities", 0)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mede2.trainer.deepspeed_file import read_deepspeed_file
+from mede2.trainer.heads import check_heads
 from mede2.trainer.planning.hardware import Cluster
 from mede2.trainer.planning.lengths import Lengths, patches_of_image
 from mede2.trainer.planning.memory import Memory, plan_memory
@@ -17,6 +18,7 @@ from mede2.trainer.planning.work import Sizes
 from mede2.trainer.settings import ENHANCE, Settings
 
 DEFAULT_PIXELS = 448 * 448
+SHARING, TILES = (2, 4, 8), 8  # of sequence_parallel_size and mlp_tiles, what is tried
 HOST_SHARE = 0.9  # of a node's memory that a run may take
 
 
@@ -146,10 +148,19 @@ class Plan:
 
 def make_plan(stage: Stage) -> Plan:
     """Plan a stage. Raises ValueError where settings, DeepSpeed file and cluster do not go together."""
-    _ = stage.average.batch  # the global batch divides
-    if stage.settings.attention == "eager":
-        raise ValueError("attention: eager keeps the scores of all pairs of tokens, which is not planned for; use sdpa")
+    _check(stage)
     return Plan(stage, plan_memory(stage.longest), plan_time(stage.average, stage.cluster, stage.sizes))
+
+
+def _check(stage: Stage) -> None:
+    _ = stage.zero, stage.average.batch  # settings go with the file, and the global batch divides
+    attention, sharing, text = stage.settings.attention, stage.settings.sequence_parallel_size, stage.shape.text
+    if attention == "eager":
+        raise ValueError("attention: eager keeps the scores of all pairs of tokens, which is not planned for; use sdpa")
+    if sharing > 1:
+        check_heads(sharing, text.heads, text.kv_heads)
+        if attention != "sdpa":
+            raise ValueError(f"sequence_parallel_size: {sharing} needs attention: sdpa, not {attention}")
 
 
 @dataclass(frozen=True)
@@ -181,7 +192,9 @@ def changes(stage: Stage) -> Iterator[Change]:
                 elif file and settings.optimizer == "cpu_adam":
                     values["optimizer"] = "adamw"
                 memory.append((f"--ds {folder / file}" if file else "", values, file))
-    steps: list[tuple[int, dict, int]] = [(0, {}, 1), (1, {}, 2), (1, {}, 4), (1, {}, 8)]
+    long_rows = [{"mlp_tiles": TILES}, *({"mlp_tiles": TILES, "sequence_parallel_size": size} for size in SHARING)]
+    steps: list[tuple[int, dict, int]] = [(0, {}, 1), *((0, values, 1) for values in long_rows)]
+    steps += [(1, {}, 2), (1, {}, 4), (1, {}, 8)]
     if settings.optimizer == "adamw":
         steps.append((2, {"optimizer": "adamw_8bit"}, 1))
     if not settings.lora_rank:
@@ -197,7 +210,7 @@ def changes(stage: Stage) -> Iterator[Change]:
             try:
                 changed = replace(stage.with_settings(**together), cluster=cluster)
                 changed = replace(changed, deepspeed_file=folder / file) if file else changed
-                _ = changed.zero, changed.average.batch
+                _check(changed)
             except ValueError:  # settings that do not go together, or a global batch that does not divide
                 continue
             said = [words] if words else []
@@ -228,12 +241,15 @@ def cheapest_change(stage: Stage) -> tuple[Change, Plan] | None:
 def search(stage: Stage) -> list[tuple[str, Plan]]:
     """Settings of memory that fit the cluster, fastest first; what is learnt stays as it is.
 
-    Looks through micro-batches or packed rows, recomputation, its offload, and the files of ds_configs/.
+    Looks through micro-batches or packed rows, recomputation, its offload, ranks that share rows, tiles of MLPs, and
+    the files of ds_configs/.
     """
     folder, settings, found = stage.deepspeed_file.parent, stage.settings, []
     batches = [{"micro_batch_size": size, "pack_length": 0} for size in (1, 2, 4, 8, 16, 32)]
     longest = sum(row.tokens for row in replace(stage.longest, settings=replace(settings, pack_length=0)).rows)
     batches += [{"micro_batch_size": 1, "pack_length": longest * times} for times in (1, 2, 4)]
+    batches += [{"micro_batch_size": 1, "pack_length": 0, "mlp_tiles": TILES, "sequence_parallel_size": size}
+                for size in (1, *SHARING)]  # fmt: skip
     for file in ("z1.json", "z2.json", "z3.json", "z3_offload.json"):
         offloaded = file == "z3_offload.json"
         optimizer = "cpu_adam" if offloaded else "adamw" if settings.optimizer == "cpu_adam" else settings.optimizer

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mede2.trainer.planning import timing
+from mede2.trainer.planning.communication import Collective, collectives, shared_rows
 from mede2.trainer.planning.memory import CONTEXT_BYTES, SLACK
 from mede2.trainer.planning.plan import Change, Plan, Stage, make_plan
 from mede2.trainer.settings import ENHANCE, STAGE_NAMES
@@ -29,7 +30,9 @@ def sections(plan: Plan, verdict: str) -> list[Section]:
             f"{part.replace('_', ' ')} {count / 1e9:.2f}" for part, count in stage.shape.counts.items()
         )),
         ("", "trained", f"{run.num_trained / 1e9:.3f} B"),
-        ("memory of a GPU", "", f"longest micro-batch: {len(run.rows)} x {run.rows[0].tokens} tokens"),
+        ("memory of a GPU", "", f"longest micro-batch: {len(run.rows)} x {run.rows[0].tokens} tokens"
+         + (f", {run.own_tokens} of them on each of {run.settings.sequence_parallel_size} GPUs"
+            if run.settings.sequence_parallel_size > 1 else "")),
         *(("", name, _gib(size)) for name, size in memory.items.items()),
         ("", "together", f"{_gib(memory.total)} of {_gib(cluster.memory_gb * 1e9)}"),
         *(("host memory of a GPU", name, _gib(size)) for name, size in memory.host.items()),
@@ -39,7 +42,7 @@ def sections(plan: Plan, verdict: str) -> list[Section]:
                      f"{_gib(cluster.host_memory_gb * 1e9)}"))  # fmt: skip
     if memory.nvme:
         rows.append(("NVMe of a GPU", "", _gib(memory.nvme)))
-    rows += [("sent in an update", each.operation, _gib(each.wire)) for each in timing.collectives(stage.average)]
+    rows += [("sent in an update", each.operation, _gib(each.wire)) for each in _sent(stage)]
     parts = {
         "matrix products": times.products_s, "operations on elements": times.elements_s,
         "reading weights": times.weights_s, "Adam": times.adam_s,
@@ -57,6 +60,11 @@ def sections(plan: Plan, verdict: str) -> list[Section]:
     ]
     title = f"{STAGE_NAMES[stage.stage]} on {cluster}, {stage.deepspeed_file.name}"
     return [Section(title, ("", "", "figure"), _without_repeats(rows), note=ASSUMED, heads=3)]
+
+
+def _sent(stage: Stage) -> list[Collective]:
+    exchange = shared_rows(stage.average)
+    return [*collectives(stage.average), *([exchange] if exchange else [])]
 
 
 def _without_repeats(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -96,7 +104,7 @@ def as_json(plan: Plan, verdict: str) -> dict[str, Any]:
         "trained": stage.longest.num_trained, "fits": plan.fits, "verdict": verdict,
         "memory": plan.memory.items, "memory_total": plan.memory.total, "moments": plan.memory.moments,
         "gpu_memory": int(stage.cluster.memory_gb * 1e9), "host": plan.memory.host, "nvme": plan.memory.nvme,
-        "sent": {each.operation: each.wire for each in timing.collectives(stage.average)},
+        "sent": {each.operation: each.wire for each in _sent(stage)},
         "step_s": times.step_s,
         "step_parts_s": {
             "products": times.products_s, "elements": times.elements_s, "weights": times.weights_s,

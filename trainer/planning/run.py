@@ -87,13 +87,13 @@ class Run:
 
     @cached_property
     def batch(self) -> BatchArithmetic:
-        return BatchArithmetic(self.settings.global_batch_size, self.settings.micro_batch_size, self.ranks)
+        return BatchArithmetic.of(self.settings, self.ranks)
 
     @property
     def turns(self) -> int:
         """Micro-batches of a rank in an update; of packed rows, as many as examples of these lengths need."""
         if self.settings.pack_length:
-            return -(-self.settings.global_batch_size // (self.ranks * self.examples))
+            return -(-self.settings.global_batch_size // (self.batch.data_parallel_size * self.examples))
         return self.batch.grad_accum_steps
 
     @property
@@ -136,6 +136,11 @@ class Run:
     def num_tokens(self) -> int:
         return sum(row.tokens for row in self.rows)
 
+    @property
+    def own_tokens(self) -> int:
+        """Of a micro-batch, those that a rank runs through the language model."""
+        return self.training.own(self.num_tokens)
+
     @cached_property
     def training(self) -> Training:
         settings = self.settings
@@ -143,7 +148,8 @@ class Run:
             item=self.item, trains_text=settings.train_language_model and not settings.lora_rank,
             lora_rank=settings.lora_rank, lora_dropout=settings.lora_dropout,
             trains_tower=settings.train_vision_tower, trains_merger=settings.train_merger,
-            masked_by_branches=settings.attention == "sdpa",
+            masked_by_branches=settings.attention == "sdpa", sequence_parallel=settings.sequence_parallel_size,
+            mlp_tiles=settings.mlp_tiles,
         )  # fmt: skip
 
     @cached_property

@@ -30,6 +30,8 @@ class Training:
         lora_rank, lora_dropout: of an adapter on it.
         trains_tower, trains_merger: as they say.
         masked_by_branches: answers beyond the first are masked (`attention.branched_attention`): sdpa.
+        sequence_parallel: ranks that share each row; attention apart, each has its part of the tokens.
+        mlp_tiles: more than one: MLPs keep their input alone.
     """
 
     item: int
@@ -39,6 +41,12 @@ class Training:
     trains_tower: bool
     trains_merger: bool
     masked_by_branches: bool
+    sequence_parallel: int = 1
+    mlp_tiles: int = 1
+
+    def own(self, tokens: int) -> int:
+        """Of so many tokens, those of one rank."""
+        return -(-tokens // self.sequence_parallel)
 
     @property
     def text_differentiates(self) -> bool:
@@ -64,19 +72,39 @@ def decoder_token(text: Text, training: Training, num_linears: int = 7) -> int:
         training: what trains.
         num_linears: of a layer, that carry an adapter.
     """
-    e, hidden, inner = training.item, text.hidden, text.intermediate
+    e, hidden = training.item, text.hidden
+    tiled = training.mlp_tiles > 1
     inputs_saved = training.trains_text or training.lora_rank > 0
     total = 2 * rms_norm(hidden, e, training.trains_text)
-    total += 4 * e * inner - (0 if inputs_saved else e * inner)  # gate, its activation, up; their product for down
     if inputs_saved:
         total += 2 * e * hidden  # what q, k, v and what gate, up read; what o reads is the attention's
+    elif tiled:
+        total += e * hidden
     if text.qk_norm:
         total += rms_norm(text.head_dim, e, training.trains_text) * (text.heads + text.kv_heads)
     if training.lora_rank:
-        total += num_linears * e * training.lora_rank  # what each B reads
+        total += (num_linears - 3) * e * training.lora_rank  # what each B reads
         if training.lora_dropout:  # each A reads a copy of its own, and dropout keeps a byte for each value
-            total += (e + 1) * (5 * hidden + text.queries + inner)
+            total += (e + 1) * (3 * hidden + text.queries)
+    return total + (0 if tiled else mlp_token(text, training))
+
+
+def mlp_token(text: Text, training: Training) -> int:
+    """Bytes of a token in a layer's MLP, its input left out: gate, its activation, up, their product for down."""
+    e, inner = training.item, text.intermediate
+    total = 4 * e * inner - (0 if training.trains_text or training.lora_rank else e * inner)
+    if training.lora_rank:
+        total += 3 * e * training.lora_rank
+        if training.lora_dropout:
+            total += (e + 1) * (2 * text.hidden + inner)
     return total
+
+
+def tile_bytes(text: Text, tokens: int, training: Training) -> int:
+    """Bytes that the MLP's tile at hand saves when it is computed again; nothing where there are no tiles."""
+    if training.mlp_tiles == 1:
+        return 0
+    return -(-training.own(tokens) // training.mlp_tiles) * mlp_token(text, training)
 
 
 def attention_row(text: Text, row: Row, training: Training, branched: bool) -> int:
@@ -84,16 +112,16 @@ def attention_row(text: Text, row: Row, training: Training, branched: bool) -> i
 
     Queries, keys and values after rotation, output and log-sum-exp. Branch by branch, an answer beyond the first sees
     copies of the prompt's keys and values beside its own, and under a mask sdpa takes as many key heads as query heads
-    (`repeat_kv`); the pieces' outputs are joined in a tensor that the output projection saves.
+    (`repeat_kv`); the pieces' outputs are joined in a tensor that the output projection saves, and so is what comes
+    back from the ranks that share the row, each of which has all of its tokens for a part of the heads.
     """
-    e, tokens = training.item, row.tokens
-    total = tokens * (e * (text.queries + 2 * text.keys) + e * text.queries + FP32 * text.heads)
-    if not branched:
-        return total
-    if training.trains_text or training.lora_rank:
-        total += tokens * e * text.queries
-    for answer in row.answers[1:]:
-        total += 2 * e * text.queries * (row.prompt + answer)
+    e, tokens, ranks = training.item, row.tokens, training.sequence_parallel
+    queries, keys = text.queries // ranks, max(text.keys // ranks, text.head_dim)
+    total = tokens * (e * (queries + 2 * keys) + e * queries + FP32 * text.heads // ranks)
+    if (branched or ranks > 1) and (training.trains_text or training.lora_rank):
+        total += tokens * e * queries
+    for answer in row.answers[1:] if branched else ():
+        total += 2 * e * queries * (row.prompt + answer)
     return total
 
 
@@ -169,15 +197,15 @@ def activations(
     tokens = sum(row.tokens for row in rows)
     branched = training.masked_by_branches and any(len(row.answers) > 1 for row in rows)
     layer = layer_bytes(shape, rows, training)
-    answers = [answer for row in rows for answer in row.answers]
+    num_answers = sum(len(row.answers) for row in rows)
     found = {"language model": text.layers * layer, "log-probabilities": head(
-        shape, sum(answers), len(answers), training, in_blocks
+        shape, head_rows(rows, training), num_answers, training, in_blocks
     )}  # fmt: skip
-    inputs = text.layers * tokens * e * text.hidden
+    inputs = text.layers * training.own(tokens) * e * text.hidden
     if checkpointing:
         found["language model"] = 0 if offload else inputs
     ends = rms_norm(text.hidden, e, training.trains_text) + 2 * e * text.head_dim  # the last norm; cosines and sines
-    found["language model"] += tokens * ends
+    found["language model"] += training.own(tokens) * ends
     if branched:  # the masks of answers beyond the first, one for all layers, in rows of multiples of 8
         found["language model"] += sum(
             e * answer * (-(-(row.prompt + answer) // 8) * 8) for row in rows for answer in row.answers[1:]
@@ -191,9 +219,15 @@ def activations(
     return found
 
 
+def head_rows(rows: Sequence[Row], training: Training) -> int:
+    """Answer tokens of the rank that has most: answers lie together, and one rank may have nothing else."""
+    return min(sum(sum(row.answers) for row in rows), training.own(sum(row.tokens for row in rows)))
+
+
 def layer_bytes(shape: Shape, rows: Sequence[Row], training: Training) -> int:
     """Bytes that one decoder layer saves of a micro-batch; with checkpointing, those of the one being recomputed."""
     text = shape.text
     branched = training.masked_by_branches and any(len(row.answers) > 1 for row in rows)
     tokens = sum(row.tokens for row in rows)
-    return tokens * decoder_token(text, training) + sum(attention_row(text, row, training, branched) for row in rows)
+    own = training.own(tokens)
+    return own * decoder_token(text, training) + sum(attention_row(text, row, training, branched) for row in rows)

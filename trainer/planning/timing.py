@@ -4,10 +4,10 @@ What is counted comes from `work`, `saved` and `communication`; the shares below
 are printed with every plan. Not counted: waiting for data, kernel launches, stragglers, writing of checkpoints.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from mede2.trainer.planning.communication import collectives
+from mede2.trainer.planning.communication import collectives, shared_rows
 from mede2.trainer.planning.hardware import Cluster
 from mede2.trainer.planning.memory import shares
 from mede2.trainer.planning.run import Run
@@ -83,27 +83,34 @@ def plan_time(run: Run, cluster: Cluster, sizes: Sizes) -> Timing:
         again = forward_work(run.shape, sizes, prompts=1, head_rows=sizes.answer, answers=1)
         once = Work(once.vision + again.vision, once.language + again.language, once.head + again.head)
         prompts, answers = prompts + 1, answers + 1
-    tower_s = once.vision / prompts / (cluster.matrix_tflops * 1e12 * MATRIX_SHARE)
+    sharing = run.settings.sequence_parallel_size  # each of these ranks runs the tower over the same images
+    tower_s = sharing * once.vision / prompts / (cluster.matrix_tflops * 1e12 * MATRIX_SHARE)
     if not run.runs_tower:
         once = Work(0.0, once.language, once.head)
-    needed, spent = _training_work(run, once)
+    needed, _ = _training_work(run, once)
+    once = Work(sharing * once.vision, once.language, once.head)
+    _, spent = _training_work(run, once)
+    tokens = prompts * sizes.prompt + answers * sizes.answer
+    if run.settings.mlp_tiles > 1:  # the MLPs' three products once more
+        spent += tokens * run.shape.text.layers * 6 * run.shape.text.hidden * run.shape.text.intermediate
     examples, ranks = run.settings.global_batch_size, run.ranks
     matrix = cluster.matrix_tflops * 1e12 * MATRIX_SHARE * (1 if run.item == 2 else 0.5)
     memory = cluster.memory_gb_s * 1e9 * MEMORY_SHARE
     per_rank = examples / ranks
-    saved = run.shape.text.layers * layer_bytes(run.shape, run.rows, run.training) / run.examples
+    whole = replace(run.training, sequence_parallel=1, mlp_tiles=1)
+    saved = run.shape.text.layers * layer_bytes(run.shape, run.rows, whole) / run.examples
     passes = 3 + (run.settings.activation_checkpointing is True)
     weight_bytes = run.item * (run.num_parameters - run.num_quantized) + run.num_quantized / 2
     adam, transfers = _adam(run, cluster, memory)
-    forward = (once.total / matrix + saved / 2 / memory) + _forward_gathering(run, cluster) / run.examples
+    forward = (once.total / matrix + saved / 2 / memory) + sharing * _forward_gathering(run, cluster) / run.examples
     return Timing(
         products_s=per_rank * spent / matrix, elements_s=per_rank * TIMES_MOVED * saved / memory,
         weights_s=run.turns * passes * weight_bytes / memory, adam_s=adam,
         communication_s=sum(_link_time(each.wire, cluster) for each in collectives(run))
-        + LATENCY_S * run.turns * run.gathered.fetches,
+        + LATENCY_S * run.turns * run.gathered.fetches + _exchange_time(run, cluster),
         transfers_s=transfers, overlapped=run.zero.overlap,
         tower_s=0.0 if run.runs_tower else tower_s, forward_s=forward,
-        tokens=examples * (prompts * sizes.prompt + answers * sizes.answer), examples=examples,
+        tokens=examples * tokens, examples=examples,
         needed=examples * needed, rate=ranks * cluster.matrix_tflops * 1e12 * (1 if run.item == 2 else 0.5),
     )  # fmt: skip
 
@@ -127,6 +134,17 @@ def _link_time(wire: float, cluster: Cluster) -> float:
     return wire / (bandwidth * 1e9 * LINK_SHARE)
 
 
+def _exchange_time(run: Run, cluster: Cluster) -> float:
+    """Of the all-to-alls of ranks that share rows; each sends over its own link, or its own part of the network."""
+    found = shared_rows(run)
+    if found is None:
+        return 0.0
+    inside = run.settings.sequence_parallel_size <= cluster.gpus_per_node
+    bandwidth = cluster.link_gb_s if inside else min(cluster.link_gb_s, cluster.network_gb_s)
+    calls = run.turns * run.shape.text.layers * 2 * (3 if run.settings.activation_checkpointing else 2)
+    return found.wire / (bandwidth * 1e9 * LINK_SHARE) + LATENCY_S * calls
+
+
 def _forward_gathering(run: Run, cluster: Cluster) -> float:
     sent = run.gathered_in_forward.sent
     return _link_time(run.item * sent * (run.ranks - 1) / run.ranks, cluster)
@@ -141,7 +159,7 @@ def _adam(run: Run, cluster: Cluster, memory: float) -> tuple[float, float]:
         held = run.item * run.num_parameters / run.ranks
         transfers += run.turns * (3 if run.settings.activation_checkpointing else 2) * held / to_host
     if run.settings.activation_offload:
-        inputs = run.turns * run.shape.text.layers * run.num_tokens * run.item * run.shape.text.hidden
+        inputs = run.turns * run.shape.text.layers * run.own_tokens * run.item * run.shape.text.hidden
         transfers += 2 * inputs / to_host
     if run.zero.offload_optimizer:
         transfers += (run.turns * FP32 + run.item) * share / to_host
