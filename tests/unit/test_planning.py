@@ -6,13 +6,22 @@ from pathlib import Path
 import pytest
 
 from mede2.trainer.planning import memory
-from mede2.trainer.planning.communication import collectives
+from mede2.trainer.planning.communication import collectives, shared_rows
 from mede2.trainer.planning.gathering import play
 from mede2.trainer.planning.hardware import PRESETS, read_cluster
 from mede2.trainer.planning.lengths import Lengths, Row, patches_of_image, rows_of
 from mede2.trainer.planning.plan import Data, Stage, changes, cheapest_change, make_plan, search
 from mede2.trainer.planning.run import Run, Zero
-from mede2.trainer.planning.saved import Training, activations, decoder_token, head
+from mede2.trainer.planning.saved import (
+    Training,
+    activations,
+    attention_row,
+    decoder_token,
+    head,
+    head_rows,
+    layer_bytes,
+    tile_bytes,
+)
 from mede2.trainer.planning.shapes import Module, Parameter, read_shape
 from mede2.trainer.planning.work import Sizes, forward_work
 from mede2.trainer.settings import Settings
@@ -226,3 +235,71 @@ def test_clusters(tmp_path):
     path.write_text("name: h100\nmemory_gb: -1\n")
     with pytest.raises(ValueError, match="memory_gb: -1 is not above 0"):
         read_cluster(str(path))
+
+
+def test_rows_that_ranks_share_by_hand():
+    """Half the tokens of a layer, and all tokens of half the heads; masks whole."""
+    alone = Training(2, True, 0, 0.0, False, False, True)
+    rows, text = (Row(300, (100, 80)),), SHAPE.text
+    shared = dataclasses.replace(alone, sequence_parallel=2)
+    whole, half = (layer_bytes(SHAPE, rows, training) for training in (alone, shared))
+    assert half == whole / 2
+    tiled = dataclasses.replace(shared, mlp_tiles=4)
+    assert half - layer_bytes(SHAPE, rows, tiled) == 240 * 4 * 2 * 18944
+    assert tile_bytes(text, 480, tiled) == 60 * 4 * 2 * 18944
+    many = dataclasses.replace(alone, sequence_parallel=28)  # 4 key-value heads: each goes to 7 ranks
+    one_each = attention_row(text, rows[0], many, branched=False)
+    assert one_each == 480 * (2 * (1 + 2) * 128 + 2 * 128 + 4 + 2 * 128)
+    assert head_rows(rows, shared) == 180
+    assert head_rows(rows, many) == 18, "a rank of nothing but answers"
+
+
+def test_ranks_that_share_rows_send_queries_keys_values_and_back():
+    planned = run(3, 4, sequence_parallel_size=2, global_batch_size=2)
+    own = 240 * 2 * (28 + 2 * 4 + 28) * 128
+    assert shared_rows(planned).wire == 28 * own * 2 / 2  # forward and backward; half stays
+    assert shared_rows(run(3, 4)) is None
+    recomputed = run(3, 4, sequence_parallel_size=2, global_batch_size=4, activation_checkpointing=True)
+    assert shared_rows(recomputed).wire == 2 * 28 * own * 3 / 2, "two micro-batches, and once more in backward"
+
+
+def long_pair(**settings) -> Stage:
+    data = Data(prompt_tokens=1024, answer_tokens=15744)
+    given = {"global_batch_size": 64, "max_length": 17024, "activation_checkpointing": True, **settings}
+    return Stage(SHAPE, Settings(**given), 2, DS_CONFIGS / "z3.json", read_cluster("h100:1x8"), data)
+
+
+def test_long_rows_take_less_memory_shared_and_in_tiles_and_no_less_time():
+    whole, tiled, shared = (
+        make_plan(long_pair(**settings))
+        for settings in ({}, {"mlp_tiles": 8}, {"mlp_tiles": 8, "sequence_parallel_size": 4})
+    )
+    assert sum(row.tokens for row in whole.stage.longest.rows) == pytest.approx(32768, abs=2)
+    assert shared.memory.total < tiled.memory.total < whole.memory.total
+    assert whole.timing.step_s < tiled.timing.step_s < shared.timing.step_s
+    assert whole.timing.tokens == shared.timing.tokens
+    assert shared.stage.longest.turns == 4 * whole.stage.longest.turns
+
+
+def test_a_long_pair_that_does_not_fit_is_told_to_share_its_rows():
+    small = dataclasses.replace(
+        long_pair(), cluster=dataclasses.replace(read_cluster("h100:1x8"), memory_gb=30, host_memory_gb=100)
+    )
+    change, plan = cheapest_change(small)
+    assert not make_plan(small).fits
+    assert plan.fits
+    assert "sequence_parallel_size" in change.words
+    assert change.cost == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sequence_parallel_size": 8}, "8 ranks cannot share this model's 28 heads with 4 .* possible: 1, 2, 4, 28"),
+        ({"sequence_parallel_size": 3}, "sequence_parallel_size: 8 ranks are not groups of 3"),
+        ({"sequence_parallel_size": 2, "attention": "flash_attention_2", "shared_prefix": False}, "attention: sdpa"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        make_plan(long_pair(**settings))

@@ -5,9 +5,7 @@ As `deepspeed/runtime/zero/partitioned_param_coordinator.py` does once it knows 
 parameters are gathered before it runs, together with the next ones of the order up to a bucket; after it they are
 freed, unless they come again within the next `max_reuse_distance` values of the order, or were fetched ahead for
 later. What is frozen and was gathered to recompute a layer is freed once the first of its modules has run backward, and
-gathered again for the others. What
-is frozen and was gathered to recompute a layer is freed once the first of its modules has run backward, and gathered
-again for the others.
+gathered again for the others.
 """
 
 from collections.abc import Iterator, Sequence

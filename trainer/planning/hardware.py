@@ -13,7 +13,7 @@ class Cluster:
 
     Attributes:
         name: of the GPU.
-        memory_gb: of one GPU.
+        memory_gb: of one GPU, as torch sees it.
         matrix_tflops: dense bf16 products with fp32 sums.
         memory_gb_s: of its own memory.
         link_gb_s: of a GPU to the others in its node, in one direction.
@@ -45,19 +45,21 @@ class Cluster:
 
 # From NVIDIA's datasheets. Products: dense; where a sheet gives the rate with sparsity, half of it. Links: of NVLink's
 # sum of both directions, half. Networks: 8 ports of a DGX's ConnectX for 8 GPUs. Host memory: of the DGX, or usual.
+# Memory: what torch's errors call the total capacity: 79.1 GiB of an H100 and an A100, 139.7 of an H200, 23.6 of an RTX
+# 4090, 44.4 of an RTX 6000 Ada with ECC; of a B200 the sheet's 180 GB.
 PRESETS = {
     # "NVIDIA A100 80GB SXM": 312 TFLOPS, 2039 GB/s, NVLink 600 GB/s; DGX A100: 8 x 200 Gb/s, PCIe 4 x16, 2 TB
-    "a100": Cluster("a100", 80, 312, 2039, 300, 25, 32, 2000),
+    "a100": Cluster("a100", 84.9, 312, 2039, 300, 25, 32, 2000),
     # "NVIDIA H100 SXM": 1979 TFLOPS with sparsity, 3.35 TB/s, 900 GB/s; DGX H100: 8 x 400 Gb/s, PCIe 5 x16, 2 TB
-    "h100": Cluster("h100", 80, 989.5, 3350, 450, 50, 64, 2000),
+    "h100": Cluster("h100", 84.9, 989.5, 3350, 450, 50, 64, 2000),
     # "NVIDIA H200 SXM": 141 GB, 1979 TFLOPS with sparsity, 4.8 TB/s, 900 GB/s; DGX H200 as H100
-    "h200": Cluster("h200", 141, 989.5, 4800, 450, 50, 64, 2000),
+    "h200": Cluster("h200", 150.0, 989.5, 4800, 450, 50, 64, 2000),
     # "NVIDIA DGX B200", 8 GPUs: 1440 GB, 64 TB/s, 144 PFLOPS FP4 with sparsity (bf16 1/8 of it dense), NVLink 14.4 TB/s
     "b200": Cluster("b200", 180, 2250, 8000, 900, 50, 64, 2000),
     # "GeForce RTX 4090" (Ada whitepaper): 24 GB, 165.2 TFLOPS bf16 with fp32 sums, 1008 GB/s; PCIe 4 x16, no NVLink
-    "rtx4090": Cluster("rtx4090", 24, 165.2, 1008, 32, 3, 32, 128, 60, 1, 1),
+    "rtx4090": Cluster("rtx4090", 25.3, 165.2, 1008, 32, 3, 32, 128, 60, 1, 1),
     # "NVIDIA RTX 6000 Ada": 48 GB, 960 GB/s, 1457 TFLOPS FP8 with sparsity, so 364 dense bf16; PCIe 4 x16, no NVLink
-    "rtx6000ada": Cluster("rtx6000ada", 48, 364, 960, 32, 3, 32, 256, 100, 1, 1),
+    "rtx6000ada": Cluster("rtx6000ada", 47.7, 364, 960, 32, 3, 32, 256, 100, 1, 1),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from mede2.trainer.planning import timing
 from mede2.trainer.planning.communication import Collective, collectives, shared_rows
 from mede2.trainer.planning.memory import CONTEXT_BYTES, SLACK
-from mede2.trainer.planning.plan import Change, Plan, Stage, make_plan
+from mede2.trainer.planning.plan import HOST_SHARE, Change, Plan, Stage, make_plan
 from mede2.trainer.settings import ENHANCE, STAGE_NAMES
 from mede2.trainer.tables import Section
 
@@ -39,7 +39,7 @@ def sections(plan: Plan, verdict: str) -> list[Section]:
     ]  # fmt: skip
     if memory.host:
         rows.append(("", "of a node", f"{_gib(memory.host_total * cluster.gpus_per_node)} of "
-                     f"{_gib(cluster.host_memory_gb * 1e9)}"))  # fmt: skip
+                     f"{_gib(cluster.host_memory_gb * 1e9)}, of which {HOST_SHARE:.0%} may go"))  # fmt: skip
     if memory.nvme:
         rows.append(("NVMe of a GPU", "", _gib(memory.nvme)))
     rows += [("sent in an update", each.operation, _gib(each.wire)) for each in _sent(stage)]
