@@ -25,6 +25,7 @@ ONE_RANK = (
 TWO_RANKS = (
     *TRUTH, "enhance_clipped", "enhance_bf16", "enhance_triton_bf16", "elicit_local_totals", "enhance_local_totals",
 )  # fmt: skip
+FOUR_RANKS = ("enhance_shared_recomputed",)  # two groups of two
 LOCAL_TOTALS = {"elicit_local_totals": "elicit", "enhance_local_totals": "enhance"}
 
 
@@ -35,6 +36,7 @@ def runs(launch, models, records, reference_logps, with_blank) -> dict[int, list
     return {
         1: launch("gradients", 1, scenarios=ONE_RANK, **job),
         2: launch("gradients", 2, scenarios=TWO_RANKS, **job),
+        4: launch("gradients", 4, scenarios=FOUR_RANKS, **job),
     }
 
 
@@ -56,7 +58,10 @@ def worst_tensor(gradients: dict[str, torch.Tensor], true: dict[str, torch.Tenso
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("world_size", "case"), [*((1, case) for case in ONE_RANK), *((2, case) for case in TRUTH)])
+@pytest.mark.parametrize(
+    ("world_size", "case"),
+    [*((1, case) for case in ONE_RANK), *((2, case) for case in TRUTH), *((4, case) for case in FOUR_RANKS)],
+)
 def test_loss_and_gradients_equal_a_run_without_deepspeed(runs, truth, world_size, case):
     true = truth[TRUTH[case]]
     for rank, results in enumerate(runs[world_size]):
