@@ -108,5 +108,5 @@ def test_random_numbers_go_on_where_there_were_some_and_differ_everywhere(result
 
 def test_a_global_batch_that_does_not_divide_is_refused(results):
     message = results["z3-1-otherwise"][0]["refused"]
-    assert message.startswith("global_batch_size: 4 is not micro_batch_size 3 x accumulation x 1 ranks")
+    assert message.startswith("global_batch_size: 4 is not micro_batch_size 3 x accumulation x 1 rank;")
     assert "a run that continues keeps its global batch" in message

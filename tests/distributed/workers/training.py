@@ -238,7 +238,7 @@ def first_metrics(values: torch.Tensor, engine: Engine, batches: Batches, settin
 def reference_elsewhere(world: World, job: dict) -> dict:
     """What is said of the first margins, in bf16 and with a large beta, when the reference's values come from other
     micro-batches in another layout; and when they come from another model."""
-    ours = make_settings(2, dtype="bf16", beta=1000.0, global_batch_size=8, micro_batch_size=4)
+    ours = make_settings(2, dtype="bf16", beta=10_000.0, global_batch_size=8, micro_batch_size=4)
     theirs = make_settings(2, dtype="bf16", global_batch_size=2, micro_batch_size=1, shared_prefix=False)
     pairs, folder, said = job["records"]["pairs"], Path(job["cache"]) / "elsewhere", {}
     for name in ("tied", "other"):
