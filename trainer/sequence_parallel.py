@@ -101,8 +101,8 @@ def check_sequence_parallel(size: int, attention: str, text_config: transformers
         return
     if attention != "sdpa":
         raise ValueError(f"sequence_parallel_size: {size} needs attention: sdpa, not {attention}")
-    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
-        raise ValueError(f"sequence_parallel_size: {size}, but this model has layers of sliding attention; use 1")
+    if others := sorted({*(getattr(text_config, "layer_types", None) or ())} - {"full_attention"}):
+        raise ValueError(f"sequence_parallel_size: {size}, but this model has layers of {', '.join(others)}; use 1")
     check_heads(size, text_config.num_attention_heads, text_config.num_key_value_heads)
 
 

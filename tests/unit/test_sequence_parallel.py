@@ -65,8 +65,9 @@ def test_heads_that_ranks_can_share(heads, keys, fitting):
         if size in fitting:
             check_sequence_parallel(size, "sdpa", model(heads, keys))
         else:
+            possible = ", ".join(map(str, fitting))
             with pytest.raises(
-                ValueError, match=f"{size} ranks cannot share .* {heads} heads with {keys} .* {size}|1,"
+                ValueError, match=f" {size} ranks cannot share .* {heads} heads with {keys} .*; possible: {possible}$"
             ):
                 check_sequence_parallel(size, "sdpa", model(heads, keys))
 
@@ -78,9 +79,12 @@ def test_another_attention_is_refused(attention):
     check_sequence_parallel(1, attention, model(4, 2))
 
 
-def test_sliding_attention_is_refused():
-    with pytest.raises(ValueError, match="sequence_parallel_size: 2, but this model has layers of sliding attention"):
-        check_sequence_parallel(2, "sdpa", model(4, 2, ("full_attention", "sliding_attention")))
+@pytest.mark.parametrize("kind", ["sliding_attention", "linear_attention", "chunked_attention", "conv"])
+def test_layers_that_are_not_of_full_attention_are_refused(kind):
+    """Those that go along a row, as linear attention does, would go along a rank's share of it without a word."""
+    with pytest.raises(ValueError, match=f"sequence_parallel_size: 2, but this model has layers of {kind}; use 1"):
+        check_sequence_parallel(2, "sdpa", model(4, 2, ("full_attention", kind)))
+    check_sequence_parallel(2, "sdpa", model(4, 2, ("full_attention", "full_attention")))
 
 
 class Layer(torch.nn.Module):
