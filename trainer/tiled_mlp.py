@@ -31,6 +31,6 @@ class _Tiled:
         self.forward, self.num_tiles = forward, num_tiles
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        tiles = hidden.flatten(0, 1).tensor_split(self.num_tiles)
+        tiles = hidden.flatten(0, 1)[None].tensor_split(self.num_tiles, 1)  # (1, t, H): experts want three dimensions
         done = [checkpoint(self.forward, tile, use_reentrant=False) for tile in tiles]
-        return torch.cat(done).view_as(hidden)
+        return torch.cat(done, 1).view_as(hidden)

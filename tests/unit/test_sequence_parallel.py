@@ -113,6 +113,23 @@ def test_tiles_change_no_gradient(tokens, num_tiles):
     assert len(calls) == 2 * num_tiles, "forward, and again in backward"
 
 
+def test_an_mlp_of_experts_can_be_tiled():
+    """As those of transformers, it unpacks rows, tokens and sizes."""
+    layer = Layer()
+    whole, shapes = layer.mlp.forward, []
+
+    def experts(hidden: torch.Tensor) -> torch.Tensor:
+        rows, tokens, size = hidden.shape
+        shapes.append((rows, tokens, size))
+        return whole(hidden.view(-1, size)).view(rows, tokens, size)
+
+    layer.mlp.forward = experts
+    hidden = torch.randn(2, 5, 4, dtype=torch.float64)
+    tile_mlps(layer, 3)
+    torch.testing.assert_close(layer.mlp(hidden), whole(hidden), rtol=1e-12, atol=1e-12)
+    assert shapes == [(1, 4, 4), (1, 3, 4), (1, 3, 4)]
+
+
 def test_a_model_without_mlps_is_refused():
     with pytest.raises(ValueError, match="mlp_tiles: no layer of Linear has an mlp; leave mlp_tiles out"):
         tile_mlps(torch.nn.Linear(2, 2), 2)
