@@ -109,6 +109,8 @@ def planned(stage: Stage) -> list[dict]:
         least: tuple[int, float] | None = None
         for gpus in POINTS:
             per_node = min(gpus, stage.cluster.gpus_per_node)
+            if gpus % per_node:
+                continue  # no whole nodes
             pairs = max(micro, each) * gpus if kind == "weak" else micro * max(POINTS)
             cluster = replace(stage.cluster, nodes=gpus // per_node, gpus_per_node=per_node)
             try:

@@ -126,6 +126,12 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
     implementation = choose_implementation(settings.logps, world.device.type, dtype)
     model = locate_model(settings.model)
     processor = load_processor(model, settings.max_pixels)
+    model_config = AutoConfig.from_pretrained(model)
+    text_config = model_config.get_text_config()
+    _check_attention(settings, resolved.stage, text_config)
+    check_sequence_parallel(settings.sequence_parallel_size, settings.attention, text_config)
+    if settings.lora_rank:
+        check_adapter(model_config, settings)
     encoder = Encoder(processor, settings.max_length, settings.grey_window)
     train_set = load_dataset(settings.train, resolved.stage, encoder, settings.on_bad_row, world)
     eval_set = settings.eval and load_dataset((settings.eval,), resolved.stage, encoder, settings.on_bad_row, world)
@@ -133,13 +139,6 @@ def prepare(resolved: Resolved, deepspeed_file: str, output: Path, world: World)
         raise ValueError("train_vision_tower: no training record has an image")
     if settings.train_merger and not train_set.has_images:
         raise ValueError("train_merger: no training record has an image")
-
-    model_config = AutoConfig.from_pretrained(model)
-    text_config = model_config.get_text_config()
-    _check_attention(settings, resolved.stage, text_config)
-    check_sequence_parallel(settings.sequence_parallel_size, settings.attention, text_config)
-    if settings.lora_rank:
-        check_adapter(model_config, settings)
     positions = Positions(model)
 
     def batches(dataset: DataSet, seed: int | None, corrupted: bool) -> Batches:

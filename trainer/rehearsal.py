@@ -39,6 +39,6 @@ def rehearse(engine: Engine, objective: Objective, batches: Batches, steps: rang
         rows = ", ".join(micro_batch.sources)
         raise ValueError(
             f"out of memory in the longest micro-batch, {num_rows} x {length} tokens, of {rows}: lower "
-            "micro_batch_size, pack_length or --max-pixels, leave out such rows, or set "
-            f"activation_checkpointing=true ({str(error).splitlines()[0]})"
+            "micro_batch_size, pack_length or --max-pixels, leave out such rows, or set activation_checkpointing=true, "
+            f"mlp_tiles or sequence_parallel_size ({str(error).splitlines()[0]})"
         ) from error

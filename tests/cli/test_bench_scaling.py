@@ -1,6 +1,7 @@
 """The scaling benchmark at its smallest; no time is judged."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mede2.trainer.planning.command import read_stage
+from mede2.trainer.planning.hardware import read_cluster
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +46,17 @@ def test_kinds_keep_the_batch_let_it_grow_or_share_it(bench):
     assert {kind: [of(ranks, 8) for ranks in (1, 8)] for kind, of in bench.KINDS.items()} == {
         "strong": [(32, 1), (32, 1)], "weak": [(4, 1), (32, 1)], "sequence": [(4, 1), (4, 8)],
     }  # fmt: skip
+
+
+def test_a_point_is_planned_on_as_many_gpus_as_it_says(bench):
+    """Nodes of three hold no 4 or 8 GPUs between them."""
+    stage = read_stage(ROOT, str(ROOT / "launch/recipes/qwen2_5_vl_7b_stage2.yaml"), None, (), {})
+    cluster = dataclasses.replace(stage.cluster, gpus_per_node=3)
+    odd = dataclasses.replace(stage.with_settings(global_batch_size=18), cluster=cluster)
+    for of_nodes in (stage, odd):
+        rows = bench.planned(of_nodes)
+        assert rows
+        assert all(read_cluster(row["cluster"]).ranks == row["gpus"] for row in rows)
 
 
 def test_the_curve_begins_where_it_fits_and_loses_by_communication(bench):
