@@ -215,22 +215,26 @@ class _KeptLogps(torch.autograd.Function):
             total = total * (maximum - new_maximum).exp() + kept[-1].sum(1, keepdim=True)
             maximum = new_maximum
         logsumexp = maximum + total.log()
-        ctx.save_for_backward(hidden, weight, targets, bias, logsumexp, torch.cat(maxima, 1), *kept)
+        ctx.save_for_backward(hidden, weight, targets, bias, logsumexp, torch.cat(maxima, 1))
+        ctx.kept = kept
         return (target_logit - logsumexp).squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps: Tensor):
-        hidden, weight, targets, bias, logsumexp, maxima, *kept = ctx.saved_tensors
+        if ctx.kept is None:
+            raise RuntimeError("linear_logps with groups: backward runs once; to run it again, pass no groups")
+        hidden, weight, targets, bias, logsumexp, maxima = ctx.saved_tensors
         needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad
         upstream = grad_logps[:, None]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for number, (rows, exponentials) in enumerate(zip(_kept_chunks(hidden, weight), kept, strict=True)):
+            for number, rows in enumerate(_kept_chunks(hidden, weight)):
                 # d logps / d logits = onehot(target) - softmax, times the gradient that came in
-                grad_logits = exponentials * ((maxima[:, number, None] - logsumexp).exp() * -upstream)
+                grad_logits = ctx.kept[number].mul_((maxima[:, number, None] - logsumexp).exp() * -upstream)
+                ctx.kept[number] = None  # let go, while the weight's gradient grows
                 columns, has_target = _target_columns(targets, rows)
                 grad_logits.scatter_add_(1, columns, upstream * has_target)
                 if needs_bias:
@@ -239,6 +243,7 @@ class _KeptLogps(torch.autograd.Function):
                     torch.mm(grad_logits.t(), hidden, out=grad_weight[rows])
                 if needs_hidden:
                     grad_hidden += torch.mm(grad_logits, weight[rows])
+        ctx.kept = None
         return grad_hidden, grad_weight, None, grad_bias
 
 

@@ -1,6 +1,5 @@
 """The DeepSpeed engine around a policy: the update, and its weights. Imports deepspeed."""
 
-import ctypes
 import gc
 import os
 import warnings
@@ -19,6 +18,8 @@ from torch import Tensor
 from mede2.trainer.adapters import adapter_tensors, whole_tensors
 from mede2.trainer.deepspeed_file import on_nvme
 from mede2.trainer.gradients import clear_gradients
+from mede2.trainer.host_memory import Resident, return_free_memory
+from mede2.trainer.lean_zero3 import spare_copies
 from mede2.trainer.losses import sum_by_sequence
 from mede2.trainer.policy import Policy, part_of
 from mede2.trainer.settings import Settings
@@ -104,10 +105,11 @@ class Engine:
         self.world, self.dtype = world, dtype
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
         if optimizer is not None and self.deepspeed.zero_optimization_stage() == 3:
-            _share_masters(self.deepspeed.optimizer)
+            spare_copies(self.deepspeed.optimizer, world.size)
         # Scripts beside every checkpoint, which nobody needs: where the disk is full, rank 0 alone would fail in this.
         self.deepspeed._copy_recovery_script = lambda folder: None
         return_free_memory()  # the weights as they were read, and copies on their way to partitions
+        self.resident = Resident() if world.device.type == "cpu" else None
         self.policy = policy
         self.deepspeed.train(optimizer is not None)  # transformers hands models over in evaluation mode
 
@@ -152,6 +154,8 @@ class Engine:
         ZeRO averages over ranks, so the share is multiplied by their number.
         """
         self.deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+        if self.resident:
+            self.resident.limit()
 
     def update(self) -> float:
         """Apply the accumulated gradients; returns their global norm before clipping.
@@ -238,20 +242,3 @@ class Engine:
         self.deepspeed = self.policy = self.optimizer = None
         gc.collect()
         return_free_memory()
-
-
-def _share_masters(zero) -> None:
-    """Let fp32 weights be their own masters, as DeepSpeed 0.19 means to: it compares a `torch.device` with a name,
-    finds them unlike, and copies. Where weights are of 16 bits, or masters elsewhere, nothing changes."""
-    for weights, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
-        if weights is not None and (weights.dtype, weights.device, weights.shape) == (
-            master.dtype, master.device, master.shape,
-        ):  # fmt: skip
-            master.data = weights.data
-
-
-def return_free_memory() -> None:
-    """Hand what is freed but kept by the C library's allocator back to the system: after a model, hundreds of MiB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # malloc_trim(3); other C libraries than glibc have none
-    if trim:
-        trim(0)

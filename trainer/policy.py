@@ -17,8 +17,10 @@ from mede2.kernels.logps import linear_logps
 from mede2.trainer.activations import Offload
 from mede2.trainer.adapters import add_adapter, is_adapter, targets
 from mede2.trainer.attention import BRANCHED, branch_mask, spans_of
+from mede2.trainer.lean_layers import keep_less
 from mede2.trainer.sequence_parallel import SequenceGroup
 from mede2.trainer.settings import Settings
+from mede2.trainer.tied_embedding import join_gradients
 from mede2.trainer.tiled_mlp import tile_mlps
 
 PARTS = ("language_model", "vision_tower", "merger")
@@ -61,6 +63,7 @@ class Policy(nn.Module):
             )  # fmt: skip
 
         head.forward = types.MethodType(head_forward, head)
+        join_gradients(model.get_input_embeddings(), head)
         text_config = model.config.get_text_config()
         if text_config._attn_implementation == "sdpa" and not has_sliding_layers(text_config):
             text_config._attn_implementation = BRANCHED  # of the language model only
@@ -191,6 +194,7 @@ def load_policy(
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # for reentrant ones only; a frozen tower would run its backward
+    keep_less(model.model.language_model)
     if mlp_tiles > 1:
         tile_mlps(model.model.language_model, mlp_tiles)
     policy = Policy(model, implementation, sharing)
