@@ -135,10 +135,21 @@ def branched_attention(
         for mask in span.masks:
             own = slice(start, start + mask.shape[2])
             k_seen, v_seen = (torch.cat([t[:, :, prefix], t[:, :, own]], 2) for t in (k, v))
-            found, _ = sdpa_attention_forward(module, q[:, :, own], k_seen, v_seen, mask, **options)
-            rows[span.row].append(found)
+            rows[span.row].append(_grouped_attention(q[:, :, own], k_seen, v_seen, mask, **options))
             start = own.stop
     return torch.cat([torch.cat(row, 1) for row in rows]), None
+
+
+def _grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0, scaling: float | None = None, **_
+) -> Tensor:
+    """sdpa of one row under a mask, (1, A, heads, D). Query heads that share a key head are a batch over it, where
+    transformers' repeats keys and values for them, and keeps that for backward."""
+    groups = query.shape[1] // key.shape[1]
+    query = query[0].unflatten(0, (-1, groups)).transpose(0, 1)
+    key, value = (tensor.expand(groups, -1, -1, -1) for tensor in (key, value))
+    found = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
+    return found.transpose(0, 1).flatten(0, 1).transpose(0, 1)[None]
 
 
 ALL_ATTENTION_FUNCTIONS.register(BRANCHED, branched_attention)

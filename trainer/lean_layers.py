@@ -1,4 +1,4 @@
-"""Decoder layers that keep less for their backward: what is cheap to compute again from what is kept anyway is not kept.
+"""Decoder layers that keep less for their backward: not what is cheap to compute again from what is kept anyway.
 
 The forward is transformers' to the bit. Of an MLP with a gate stay the gate and the other factor, not the gate's
 activation and the product; of an RMSNorm stays the input as it came, not its copy in fp32 and the normalized values.
@@ -69,9 +69,9 @@ def _product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _factors(grad_product: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the gate and of the other factor."""
-    grad_up = grad_product * nn.functional.silu(gate)
-    return torch.ops.aten.silu_backward(grad_product * up, gate), grad_up
+    """Gradients of the gate and of the other factor; the product's is overwritten."""
+    grad_up = nn.functional.silu(gate).mul_(grad_product)
+    return torch.ops.aten.silu_backward(grad_product.mul_(up), gate), grad_up
 
 
 class _Product(torch.autograd.Function):
@@ -83,7 +83,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_product: Tensor):
-        return _factors(grad_product, *ctx.saved_tensors)
+        return _factors(grad_product.clone(), *ctx.saved_tensors)
 
 
 class _DownProduct(torch.autograd.Function):
@@ -98,8 +98,8 @@ class _DownProduct(torch.autograd.Function):
         gate, up, weight = ctx.saved_tensors
         needs_gate, needs_up, needs_weight, needs_bias = ctx.needs_input_grad
         grad_rows = grad.flatten(0, -2)
-        grad_gate, grad_up = _factors(grad @ weight, gate, up) if needs_gate or needs_up else (None, None)
         grad_weight = grad_rows.t() @ _product(gate, up).flatten(0, -2) if needs_weight else None
+        grad_gate, grad_up = _factors(grad @ weight, gate, up) if needs_gate or needs_up else (None, None)
         return grad_gate, grad_up, grad_weight, grad_rows.sum(0) if needs_bias else None
 
 

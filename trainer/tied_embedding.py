@@ -24,22 +24,23 @@ class _Tied:
         self.embedding, self.waiting, self.hooked = embedding, [], False
 
     def __call__(self, ids: Tensor) -> Tensor:
-        if self.waiting:
-            raise RuntimeError("the gradient of an embedding was lost: the head that shares its weight had none")
         weight = self.embedding.weight
         if weight.requires_grad and not self.hooked:
             weight.register_hook(self.add)
             self.hooked = True
         return _Lookup.apply(weight, ids, self.waiting)
 
-    def add(self, gradient: Tensor) -> Tensor:
+    def add(self, gradient: Tensor | None) -> Tensor:
         """The head's gradient (V, H), and to its rows those of the lookup, summed up by token."""
+        if gradient is None:
+            raise RuntimeError("an embedding has a gradient, and the head that shares its weight has none to add it to")
         while self.waiting:
             ids, of_tokens = self.waiting.pop()
             rows, places = ids.unique(return_inverse=True)
             sums = torch.ops.aten.embedding_dense_backward(of_tokens, places, len(rows), -1, False)
-            learned = rows != self.embedding.padding_idx
-            gradient.index_add_(0, rows[learned], sums[learned])
+            if self.embedding.padding_idx is not None:  # which learns nothing
+                sums[rows == self.embedding.padding_idx] = 0
+            gradient.index_add_(0, rows, sums)
         return gradient
 
 

@@ -5,7 +5,8 @@ with `grad_accum_dtype` fp32 (bf16: Adam's two moments and the masters of 4 byte
 
 - ZeRO-1 in bf16 is DeepSpeed's BF16_Optimizer: every rank holds fp32 gradients of all, 4 Psi, beside those of autograd.
 - ZeRO-2 adds each gradient to the rank's share of 4 Psi / N as soon as it is reduced.
-- ZeRO-3 has that share as one flat buffer, which Adam gets as a copy; in fp32 the weights are their own masters.
+- ZeRO-3 has that share as one flat buffer, which Adam gets as it is, but for an offload's, of which it gets a copy; in
+  fp32 the weights are their own masters (`trainer/lean_zero3.py`).
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ TRITON_CHUNK_BYTES, TRITON_MIN_CHUNK = 128 * 2**20, 1024  # as in kernels/logps_
 BLOCK_8BIT = 256  # values that share a scale in bitsandbytes' 8-bit Adam, with two tables of 256 fp32 entries
 NF4_BLOCK, NF4_NESTED = 64, 256  # values of a scale of 8 bits; scales of one in fp32 (QLoRA, arXiv 2305.14314)
 CONTEXT_BYTES = int(1.5 * 2**30)  # assumed: CUDA context, NCCL's buffers, cuBLAS' workspace
+NORM_AT_ONCE = 2**20  # as in trainer/lean_zero3.py
 SLACK = 0.05  # assumed: of what comes and goes, kept by the allocator between uses
 
 
@@ -177,17 +179,22 @@ def plan_memory(run: Run) -> Memory:
     before, after_head, head_passing = _gradients_at_head(run, grads, share)
     at_head, in_layers = found.at_head * run.item, found.in_layers * run.item
     working = layer_working(run)
+    text = run.shape.text  # a tied head's gradient waits for the embedding's (trainer/tied_embedding.py)
+    waiting = run.item * text.vocabulary * text.hidden if text.tied and run.training.trains_text else 0
     moments = {
         "head's backward": {"activations": kept, "gathered": at_head, "gradients": before,
                             "working": head_working(run)},
-        "head's gradient": {"activations": kept - of_head, "gathered": at_head, "gradients": after_head,
-                            "working": head_passing},
         "last layers' backward": {"activations": kept - of_head, "recomputed": layer, "gathered": in_layers,
-                                  "gradients": after_head, "working": working},
+                                  "gradients": before if waiting else after_head, "working": working + waiting},
         "first layer's backward": {"recomputed": one_layer, "gathered": in_layers, "gradients": grads,
-                                   "working": working},
+                                   "working": working + waiting},
         "Adam": {"gradients": grads, "working": _copy_for_adam(run, share)},
     }  # fmt: skip
+    if waiting:
+        moments["embedding's gradient"] = {"gathered": at_head, "gradients": grads, "working": head_passing}
+    else:
+        moments["head's gradient"] = {"activations": kept - of_head, "gathered": at_head, "gradients": after_head,
+                                      "working": head_passing}  # fmt: skip
     base = sum(lasting.values()) + bucket
     totals = {name: base + sum(parts.values()) for name, parts in moments.items()}
     worst = max(totals, key=totals.get)
@@ -230,10 +237,10 @@ def _gradients_at_head(run: Run, grads: int, share: int) -> tuple[int, int, int]
 
 
 def _copy_for_adam(run: Run, share: int) -> int:
-    """Bytes of gradients that DeepSpeed copies for Adam: ZeRO-3 a group of at most a billion values at a time, ZeRO-1
-    and ZeRO-2 in fp32 the share; nothing where the gradients are already one flat fp32 tensor, or elsewhere."""
+    """Bytes of gradients that DeepSpeed copies on the device for an update: ZeRO-3 those whose norm is taken in fp64,
+    ZeRO-1 and ZeRO-2 in fp32 the share."""
     if run.zero.offload_optimizer:
         return 0
     if run.zero.stage == 3:
-        return FP32 * min(share, 10**9)
+        return 2 * FP32 * min(share, NORM_AT_ONCE)
     return FP32 * share if run.item == FP32 else 0

@@ -4,8 +4,9 @@ Legend: e bytes of a value in the weights' dtype, H hidden size, Q all query hea
 width), I the MLP's inner size, V vocabulary; small letters are the vision tower's.
 
 Nothing is fitted: every term is a tensor that autograd saves. Weights are not counted, and a tensor that two operations
-save counts once. transformers' RMSNorm computes in fp32 and so saves its input in 4 bytes, whatever the dtype; in fp32
-that is the very residual stream.
+save counts once. The language model's norms and MLPs keep less than transformers' (`trainer/lean_layers.py`). In the
+tower, RMSNorm computes in fp32 and so saves its input in 4 bytes, whatever the dtype; in fp32 that is the very residual
+stream.
 """
 
 from collections.abc import Sequence
@@ -53,10 +54,14 @@ class Training:
         return self.trains_text or self.lora_rank > 0 or self.trains_merger or self.trains_tower
 
 
-def rms_norm(size: int, item: int, trains: bool) -> int:
-    """Bytes of a token: its input in fp32, 1 / rms, and for a weight's gradient the normalized values. The output is
-    the next operation's."""
-    return FP32 * size + FP32 + (item * size if trains else 0)
+def lean_norm(size: int, item: int) -> int:
+    """Bytes of a token: its input and 1 / rms. The output is the next operation's."""
+    return item * size + FP32
+
+
+def rms_norm(size: int, item: int) -> int:
+    """Of transformers' own, whose weight trains: its input in fp32, 1 / rms, and the normalized values."""
+    return FP32 * size + FP32 + item * size
 
 
 def layer_norm(size: int, item: int) -> int:
@@ -75,13 +80,13 @@ def decoder_token(text: Text, training: Training, num_linears: int = 7) -> int:
     e, hidden = training.item, text.hidden
     tiled = training.mlp_tiles > 1
     inputs_saved = training.trains_text or training.lora_rank > 0
-    total = 2 * rms_norm(hidden, e, training.trains_text)
+    total = 2 * lean_norm(hidden, e)
     if inputs_saved:
         total += 2 * e * hidden  # what q, k, v and what gate, up read; what o reads is the attention's
     elif tiled:
         total += e * hidden
     if text.qk_norm:
-        total += rms_norm(text.head_dim, e, training.trains_text) * (text.heads + text.kv_heads)
+        total += lean_norm(text.head_dim, e) * (text.heads + text.kv_heads)
     if training.lora_rank:
         total += (num_linears - 3) * e * training.lora_rank  # what each B reads
         if training.lora_dropout:  # each A reads a copy of its own, and dropout keeps a byte for each value
@@ -90,11 +95,11 @@ def decoder_token(text: Text, training: Training, num_linears: int = 7) -> int:
 
 
 def mlp_token(text: Text, training: Training) -> int:
-    """Bytes of a token in a layer's MLP, its input left out: gate, its activation, up, their product for down."""
+    """Bytes of a token in a layer's MLP, its input left out: gate, up, and their product where an adapter reads it."""
     e, inner = training.item, text.intermediate
-    total = 4 * e * inner - (0 if training.trains_text or training.lora_rank else e * inner)
+    total = 2 * e * inner
     if training.lora_rank:
-        total += 3 * e * training.lora_rank
+        total += e * inner + 3 * e * training.lora_rank
         if training.lora_dropout:
             total += (e + 1) * (2 * text.hidden + inner)
     return total
@@ -111,9 +116,9 @@ def attention_row(text: Text, row: Row, training: Training, branched: bool) -> i
     """Bytes of a row that a layer's attention saves.
 
     Queries, keys and values after rotation, output and log-sum-exp. Branch by branch, an answer beyond the first sees
-    copies of the prompt's keys and values beside its own, and under a mask sdpa takes as many key heads as query heads
-    (`repeat_kv`); the pieces' outputs are joined in a tensor that the output projection saves, and so is what comes
-    back from the ranks that share the row, each of which has all of its tokens for a part of the heads.
+    copies of the prompt's keys and values beside its own; the pieces' outputs are joined in a tensor that the output
+    projection saves, and so is what comes back from the ranks that share the row, each of which has all of its tokens
+    for a part of the heads.
     """
     e, tokens, ranks = training.item, row.tokens, training.sequence_parallel
     queries, keys = text.queries // ranks, max(text.keys // ranks, text.head_dim)
@@ -121,7 +126,7 @@ def attention_row(text: Text, row: Row, training: Training, branched: bool) -> i
     if (branched or ranks > 1) and (training.trains_text or training.lora_rank):
         total += tokens * e * queries
     for answer in row.answers[1:] if branched else ():
-        total += 2 * e * queries * (row.prompt + answer)
+        total += 2 * e * keys * (row.prompt + answer)
     return total
 
 
@@ -156,7 +161,7 @@ def vision_patch(vision: Vision, family: str, item: int) -> int:
     e, hidden, inner = item, vision.hidden, vision.intermediate
     mlp = 4 * e * inner if vision.gated else 2 * e * inner
     if family == "qwen2_5_vl":
-        norms = 2 * (rms_norm(hidden, e, True) + e * hidden)
+        norms = 2 * (rms_norm(hidden, e) + e * hidden)
     else:
         norms = 2 * (layer_norm(hidden, e) + e * hidden)
     fused = family != "internvl"  # the values are a view of the joint projection, which stays
@@ -169,10 +174,8 @@ def merger_token(vision: Vision, family: str, item: int) -> int:
     """Bytes of an image token in a merger that trains: its normalized input, and both sides of its activation."""
     merged = vision.hidden * vision.merge**2
     inner = vision.out_hidden if family == "internvl" else merged
-    if family == "qwen2_5_vl":
-        norm = vision.merge**2 * rms_norm(vision.hidden, item, True)
-    else:
-        norm = layer_norm(merged, item)
+    is_rms = family == "qwen2_5_vl"
+    norm = vision.merge**2 * rms_norm(vision.hidden, item) if is_rms else layer_norm(merged, item)
     return norm + item * merged + 2 * item * inner
 
 
@@ -204,7 +207,7 @@ def activations(
     inputs = text.layers * training.own(tokens) * e * text.hidden
     if checkpointing:
         found["language model"] = 0 if offload else inputs
-    ends = rms_norm(text.hidden, e, training.trains_text) + 2 * e * text.head_dim  # the last norm; cosines and sines
+    ends = lean_norm(text.hidden, e) + 2 * e * text.head_dim  # the last norm; cosines and sines
     found["language model"] += training.own(tokens) * ends
     if branched:  # the masks of answers beyond the first, one for all layers, in rows of multiples of 8
         found["language model"] += sum(
