@@ -20,6 +20,7 @@ from mede2.trainer.planning.saved import (
     head,
     head_rows,
     layer_bytes,
+    spared_token,
     tile_bytes,
 )
 from mede2.trainer.planning.shapes import Module, Parameter, read_shape
@@ -78,11 +79,14 @@ def test_offload_moves_the_states_to_the_host():
 
 
 def test_what_a_token_leaves_in_a_decoder_layer():
-    """bf16, all trains: two norms of 4 + 2 + 2 bytes a value and 4 for their scale, four inner tensors of 2 bytes."""
+    """bf16, all trains: inputs and outputs of two norms and 4 bytes for their scale, two inner tensors."""
     training = Training(2, True, 0, 0.0, False, False, True)
-    assert decoder_token(SHAPE.text, training) == 2 * (8 * 3584 + 4) + 4 * 2 * 18944
-    frozen = dataclasses.replace(training, trains_text=False, lora_rank=16)  # no normalized values, but what B reads
-    assert decoder_token(SHAPE.text, frozen) == 2 * (6 * 3584 + 4) + 4 * 2 * 18944 + 7 * 2 * 16
+    assert decoder_token(SHAPE.text, training) == 2 * (4 * 3584 + 4) + 2 * 2 * 18944
+    assert decoder_token(SHAPE.text, training) + spared_token(SHAPE.text, training) == (
+        2 * (8 * 3584 + 4) + 4 * 2 * 18944  # in fp32 a norm's input, normalized values, output, four inner tensors
+    )
+    frozen = dataclasses.replace(training, trains_text=False, lora_rank=16)  # their product too, and what B reads
+    assert decoder_token(SHAPE.text, frozen) == 2 * (4 * 3584 + 4) + 3 * 2 * 18944 + 7 * 2 * 16
 
 
 def test_activations_of_checkpointed_layers_are_their_inputs():
@@ -90,7 +94,7 @@ def test_activations_of_checkpointed_layers_are_their_inputs():
     options = dict(offload=False, in_blocks=False)
     rows = (Row(300, (100,)),)
     kept = activations(SHAPE, rows, 0, training, checkpointing=True, **options)
-    ends = 400 * ((4 + 2) * 3584 + 4 + 2 * 2 * 128)
+    ends = 400 * (2 * 3584 + 4 + 2 * 2 * 128)
     assert kept["language model"] == 28 * 400 * 2 * 3584 + ends
     assert activations(SHAPE, rows, 0, training, checkpointing=True, offload=True, in_blocks=False)[
         "language model"] == ends  # fmt: skip
@@ -245,8 +249,8 @@ def test_rows_that_ranks_share_by_hand():
     whole, half = (layer_bytes(SHAPE, rows, training) for training in (alone, shared))
     assert half == whole / 2
     tiled = dataclasses.replace(shared, mlp_tiles=4)
-    assert half - layer_bytes(SHAPE, rows, tiled) == 240 * 4 * 2 * 18944
-    assert tile_bytes(text, 480, tiled) == 60 * 4 * 2 * 18944
+    assert half - layer_bytes(SHAPE, rows, tiled) == 240 * 2 * 2 * 18944
+    assert tile_bytes(text, 480, tiled) == 60 * 2 * 2 * 18944
     many = dataclasses.replace(alone, sequence_parallel=28)  # 4 key-value heads: each goes to 7 ranks
     one_each = attention_row(text, rows[0], many, branched=False)
     assert one_each == 480 * (2 * (1 + 2) * 128 + 2 * 128 + 4 + 2 * 128)

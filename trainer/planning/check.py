@@ -51,11 +51,10 @@ class Checked:
 
     @property
     def worst_sent_error(self) -> float:
-        """Of any collective; a few bytes for norms and flags are left out."""
+        """Of any collective, 0 where there is none; a few bytes for norms and flags are left out."""
         operations = self.predicted_sent.keys() | self.measured_sent.keys()
-        return max(
-            abs(_error(self.predicted_sent.get(name, 0), self.measured_sent.get(name, 0))) for name in operations
-        )
+        errors = (_error(self.predicted_sent.get(name, 0), self.measured_sent.get(name, 0)) for name in operations)
+        return max(map(abs, errors), default=0.0)
 
 
 def _error(predicted: int, measured: int) -> float:

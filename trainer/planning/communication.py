@@ -53,10 +53,12 @@ def collectives(run: Run) -> list[Collective]:
         small = [p.numel for p in run.parameters if p.numel <= run.zero.persistence_threshold]
         sent = turns * run.gathered.sent + sum(small)  # small ones whole everywhere: once, after the update
         reduced = turns * e * run.num_trained
-        found = [Collective("reduce_scatter_tensor", reduced, int(ring * reduced))]
-        if ranks > 1:
-            found.append(Collective("all_gather_into_tensor", e * sent // ranks, int(ring * e * sent)))
-        return found
+        if ranks == 1:
+            return []
+        return [
+            Collective("reduce_scatter_tensor", reduced, int(ring * reduced)),
+            Collective("all_gather_into_tensor", e * sent // ranks, int(ring * e * sent)),
+        ]
     reduced = e * run.num_trained * (turns if run.zero.stage == 2 else 1)
     found = [Collective("all_reduce", reduced, int(2 * ring * reduced))]
     if ranks > 1:

@@ -109,8 +109,7 @@ def head_working(run: Run) -> int:
     whole = e * text.vocabulary * text.hidden if trains else 0  # the weight's gradient
     logit_bytes = e + (FP32 if e < FP32 else 0)
     if in_blocks(run):
-        chunk = min(text.vocabulary, max(MIN_CHUNK, 8 * 2**20 // (num_rows * FP32)))
-        return whole + num_rows * (chunk + 2 * text.hidden) * FP32
+        return whole + num_rows * 2 * text.hidden * FP32
     if run.in_triton:  # the logits' gradient by chunk, and the products' sums in fp32
         chunk = max(1, TRITON_CHUNK_BYTES // (num_rows * e) // TRITON_MIN_CHUNK) * TRITON_MIN_CHUNK
         return whole + num_rows * (min(chunk, text.vocabulary) * e + 2 * FP32 * text.hidden)
@@ -230,7 +229,7 @@ def _gradients_at_head(run: Run, grads: int, share: int) -> tuple[int, int, int]
     if run.zero.stage == 1:
         return before, max(before, min(grads, before + e * head)), 0 if e == FP32 else FP32 * head
     if run.zero.stage == 3:
-        return before, grads, e * head * (2 if run.ranks > 1 else 1)
+        return before, grads, e * head * (2 if head % run.ranks else 1)  # sent as it is, if ranks divide it
     if e == FP32:
         return before, before, e * head
     return before, grads, e * head + FP32 * min(head, share)

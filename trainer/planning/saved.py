@@ -94,6 +94,14 @@ def decoder_token(text: Text, training: Training, num_linears: int = 7) -> int:
     return total + (0 if tiled else mlp_token(text, training))
 
 
+def spared_token(text: Text, training: Training) -> int:
+    """Bytes of a token in a decoder layer that pass through memory as what is saved does, but are computed again and
+    not kept: copies of norms' inputs in fp32, normalized values, activations of gates and their products."""
+    e, mlps = training.item, 2 if training.trains_text else 1
+    in_norms = 2 * text.hidden + (text.head_dim * (text.heads + text.kv_heads) if text.qk_norm else 0)
+    return (FP32 - (0 if training.trains_text else e)) * in_norms + mlps * e * text.intermediate
+
+
 def mlp_token(text: Text, training: Training) -> int:
     """Bytes of a token in a layer's MLP, its input left out: gate, up, and their product where an adapter reads it."""
     e, inner = training.item, text.intermediate

@@ -11,14 +11,16 @@ from mede2.trainer.planning.communication import collectives, shared_rows
 from mede2.trainer.planning.hardware import Cluster
 from mede2.trainer.planning.memory import shares
 from mede2.trainer.planning.run import Run
-from mede2.trainer.planning.saved import FP32, layer_bytes
+from mede2.trainer.planning.saved import FP32, layer_bytes, spared_token
 from mede2.trainer.planning.work import Sizes, Work, forward_work
 
 MATRIX_SHARE = 0.6  # of the datasheet's dense bf16 rate that large products reach
 MEMORY_SHARE = 0.8  # of the memory's bandwidth that operations on elements reach
 LINK_SHARE = 0.75  # of a link's bandwidth that a ring reaches
 LATENCY_S = 30e-6  # of a collective
-TIMES_MOVED = 4  # of what a layer saves: written and read in forward, read in backward, its gradient written
+TIMES_MOVED = (
+    4  # of what a layer makes: written and read in forward, read in backward or made again, its gradient written
+)
 ADAM_BYTES = 4 * FP32 * 2  # of a value: master, two moments and gradient, read and about all written
 
 
@@ -98,13 +100,15 @@ def plan_time(run: Run, cluster: Cluster, sizes: Sizes) -> Timing:
     memory = cluster.memory_gb_s * 1e9 * MEMORY_SHARE
     per_rank = examples / ranks
     whole = replace(run.training, sequence_parallel=1, mlp_tiles=1)
-    saved = run.shape.text.layers * layer_bytes(run.shape, run.rows, whole) / run.examples
+    text, row_tokens = run.shape.text, sum(row.tokens for row in run.rows)
+    layer = layer_bytes(run.shape, run.rows, whole) + row_tokens * spared_token(text, whole)
+    moved = text.layers * layer / run.examples
     passes = 3 + (run.settings.activation_checkpointing is True)
     weight_bytes = run.item * (run.num_parameters - run.num_quantized) + run.num_quantized / 2
     adam, transfers = _adam(run, cluster, memory)
-    forward = (once.total / matrix + saved / 2 / memory) + sharing * _forward_gathering(run, cluster) / run.examples
+    forward = (once.total / matrix + moved / 2 / memory) + sharing * _forward_gathering(run, cluster) / run.examples
     return Timing(
-        products_s=per_rank * spent / matrix, elements_s=per_rank * TIMES_MOVED * saved / memory,
+        products_s=per_rank * spent / matrix, elements_s=per_rank * TIMES_MOVED * moved / memory,
         weights_s=run.turns * passes * weight_bytes / memory, adam_s=adam,
         communication_s=sum(_link_time(each.wire, cluster) for each in collectives(run))
         + LATENCY_S * run.turns * run.gathered.fetches + _exchange_time(run, cluster),
