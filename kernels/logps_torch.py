@@ -14,7 +14,7 @@ gradients unscaled, the weight's once for each group; backward scales them in pl
 backward: those, V H each.
 
 By vocabulary chunk with the exponentials kept (N V fp32 or wider), where that is less than the groups' weight
-gradients, as with short answers: 1 U forward, 2 U backward.
+gradients, as with short answers: 1 U forward, 2 U backward, which lets go of them one by one, and so runs once.
 
 Under ZeRO-3 the gathered weight is freed after the forward and gathered anew for the backward; only the Parameter
 follows that, a `.t()` or `.detach()` of it would be left without storage.
