@@ -132,6 +132,14 @@ def few(groups):
     return values
 
 
+def test_kept_exponentials_are_let_go_in_backward(few, groups):
+    hidden, weight, bias = leaves()
+    loss = linear_logps(hidden, weight, few, groups=groups, bias=bias).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward runs once"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("num_columns", [1, 7, V])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=str)
 def test_kept_exponentials_change_nothing_but_the_work(few, groups, dtype, tolerance, num_columns, monkeypatch):
