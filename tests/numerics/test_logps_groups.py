@@ -177,9 +177,10 @@ def test_kept_exponentials_cost_3_units_and_less_memory_than_the_groups(few, gro
         torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda t: t),
     ):
         logps = linear_logps(hidden, weight, few, groups=groups)
-    node = logps.grad_fn
-    while not hasattr(node, "kept"):
-        node = node.next_functions[0][0]
+    nodes = [logps.grad_fn]
+    for node in nodes:
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    (node,) = (node for node in nodes if hasattr(node, "kept"))
     kept = [exponentials.numel() for exponentials in node.kept]
     with FlopCounterMode(display=False) as backward:
         logps.sum().backward()
