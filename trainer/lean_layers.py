@@ -25,7 +25,7 @@ def keep_less(language_model: nn.Module) -> None:
         language_model: with its adapter, if it has one.
     """
     for module in language_model.modules():
-        if isinstance(module, MLPS) and isinstance(module.act_fn, SiLUActivation):
+        if isinstance(module, MLPS) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
             if type(module.down_proj) is nn.Linear:
                 module.down_proj.forward = _Down(module.down_proj)
             module.forward = _GatedMLP(module)
