@@ -1,5 +1,5 @@
-"""One call on a GPU machine: log-probabilities against fp64, their benchmark, a Stage II step beside TRL's, and both
-stages for real in bf16.
+"""One call on a GPU machine: log-probabilities against fp64, their benchmark, layers that keep less beside
+transformers', a Stage II step beside TRL's, and both stages for real in bf16.
 
     python benchmarks/gpu_report.py --output benchmarks/results
 
@@ -103,6 +103,55 @@ def forward_rate(device: str) -> list[dict]:
     return rows
 
 
+def layers(device: str) -> list[dict]:
+    """`trainer/lean_layers.py` beside transformers' own: whether forwards have the same bits, how far gradients are
+    apart, relative to their norm, what is kept for the backward, and the time of both."""
+    import copy
+
+    import torch
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2MLP, Qwen2RMSNorm
+
+    from mede2.trainer.lean_layers import keep_less
+
+    on_cuda = device == "cuda"
+    dtype, num_tokens = (torch.bfloat16, 4096) if on_cuda else (torch.float32, 64)
+    hidden_size, inner = (3584, 18944) if on_cuda else (64, 128)
+    config = Qwen2Config(hidden_size=hidden_size, intermediate_size=inner)
+    rows = []
+    for theirs in (Qwen2MLP(config), Qwen2RMSNorm(hidden_size)):
+        theirs = theirs.to(device, dtype)
+        ours = copy.deepcopy(theirs)
+        keep_less(torch.nn.ModuleList([ours]))
+        values = torch.randn(1, num_tokens, hidden_size, device=device, dtype=dtype)
+        upstream = torch.randn_like(values)
+        found = []
+        for module in (ours, theirs):
+            kept: dict[int, int] = {}
+
+            def pack(tensor, kept=kept):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            hidden = values.clone().requires_grad_()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                output = module(hidden)
+            output.backward(upstream)
+            gradients = torch.cat([hidden.grad.flatten(), *(p.grad.flatten() for p in module.parameters())]).double()
+
+            def again(module=module, hidden=hidden, upstream=upstream) -> None:
+                module(hidden).backward(upstream)
+
+            found.append((output.detach(), gradients, sum(kept.values()), median_seconds(again, device)))
+        (mine, gradients, kept_bytes, seconds), (wanted, exact, all_bytes, their_seconds) = found
+        rows.append({
+            "layer": type(theirs).__name__, "dtype": str(dtype), "same_forward": torch.equal(mine, wanted),
+            "gradients_apart": float((gradients - exact).norm() / exact.norm()),
+            "kept_mib": kept_bytes / 2**20, "kept_by_transformers_mib": all_bytes / 2**20,
+            "ms": 1e3 * seconds, "ms_of_transformers": 1e3 * their_seconds,
+        })  # fmt: skip
+    return rows
+
+
 def median_seconds(function, device: str, rounds: int = 10) -> float:
     import torch
 
@@ -193,6 +242,7 @@ def main(output: Path, max_steps: int) -> None:
             **place,
             "numerics": numerics(device),
             "forward_rate": forward_rate(device),
+            "layers": layers(device),
             "benchmark": benchmark(device, output),
             "step": step(device, output),
             "stages": stages(Path(scratch), max_steps),
@@ -200,7 +250,7 @@ def main(output: Path, max_steps: int) -> None:
     card = place["gpu"].replace(" ", "-").lower() if device == "cuda" else "cpu"
     path = output / f"gpu_report-{card}-{place['date'][:10]}.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    shown = ("forward_rate", "benchmark", "step", "stages")
+    shown = ("forward_rate", "layers", "benchmark", "step", "stages")
     print(json.dumps({"report": str(path), **{name: report[name] for name in shown}}))
 
 
